@@ -55,7 +55,7 @@ def test_imports_keep_their_contracts(root: Path) -> None:
     ("module", "line", "contract"),
     [
         ("core/model.py", "import asyncio", "do no I/O"),
-        ("core/model.py", "import gpulane.core.book", "inside the core"),
+        ("core/model.py", "import gpulane.core.events", "inside the core"),
         ("store/base.py", "import gpulane.engine", "down the layers"),
         ("errors.py", "import gpulane.config", "down the layers"),
         ("unplaced.py", "import gpulane.errors", "down the layers"),
