@@ -1,0 +1,237 @@
+"""What the front doors ask of the running gateway. `service` hands in the objects; the web never imports the dispatcher.
+
+All methods may raise the ClientErrors named; what they mean for a client is put into words by each front door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from aiohttp import web
+
+from gpulane.adapters.base import EngineRequest
+from gpulane.config import Settings
+from gpulane.core.model import (
+    Account,
+    Band,
+    EngineState,
+    EngineUrl,
+    GpuId,
+    GpuState,
+    JobId,
+    ModelKey,
+    Service,
+)
+from gpulane.engine.base import Description, RecordedResult
+from gpulane.engine.progress import ProgressHub
+from gpulane.relay.answer import HeldAnswer
+from gpulane.store.base import JobQuery, JobRecord, Listener, NewJob, Reply
+from gpulane.wire.client import EngineClient
+
+
+class Role(StrEnum):
+    """What a request may do; each may do what the one before may."""
+
+    VIEWER = "viewer"
+    USER = "user"
+    OPERATOR = "operator"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who a request comes from."""
+
+    account: Account
+    role: Role
+    weight: float = 1.0
+    address: str = ""
+    """The client's address, after trusted proxies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldCall:
+    """A request whose client waits."""
+
+    job: JobId
+    answer: HeldAnswer
+    """Filled by the engine client; has a gpu header to add once begun."""
+    joined: bool = False
+    """It joined an identical call of the same account that was there already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why something is so: a stable code, a sentence, and the values in it."""
+
+    code: str
+    text: str
+    args: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a waiting job stands now."""
+
+    position: int | None
+    """1 goes next; None when it does not wait."""
+    reason: Reason | None
+    estimated_start_seconds: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineView:
+    """One engine, as shown."""
+
+    url: EngineUrl
+    service: Service
+    name: str
+    gpu: GpuId
+    state: EngineState
+    why: str
+    """What is wrong with it; empty when nothing is."""
+    model: ModelKey
+    description: Description | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuView:
+    """One gpu, as shown."""
+
+    id: GpuId
+    name: str
+    node: str
+    uuid: str
+    state: GpuState
+    why: str
+    """What occupies it when no job does (`stranger`, `recovering` ...); empty when nothing does."""
+    job: JobId | None
+    engines: tuple[EngineView, ...]
+    vram_bytes_total: int | None
+    vram_bytes_free: int | None
+    labels: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueView:
+    """Counts for pages and metrics."""
+
+    waiting: int
+    running: int
+    paused: bool
+    waiting_by_service: dict[Service, int]
+
+
+class JobsPort(Protocol):
+    """Jobs, as far as front doors may touch them. Scoping by account is the front door's duty."""
+
+    @property
+    def hub(self) -> ProgressHub: ...
+
+    async def submit(self, new: NewJob) -> Reply:
+        """Admit and store a job; durable on return. OK or EXISTS. Raises Impossible, Throttled, Conflict, Unavailable."""
+        ...
+
+    async def hold(self, new: NewJob, request: EngineRequest) -> HeldCall:
+        """Admit a job whose client waits. Raises as submit does. An identical call of the account is joined."""
+        ...
+
+    def leave(self, job: JobId) -> None:
+        """Say that the client of a held call went away (each joined client says it once)."""
+        ...
+
+    def held_answer(self, job: JobId) -> HeldAnswer | None:
+        """Find the answer of a held call, running or kept for a client that left."""
+        ...
+
+    async def cancel(self, job: JobId) -> Reply: ...
+
+    async def prioritise(self, job: JobId, band: Band, priority: int) -> Reply: ...
+
+    async def record(self, job: JobId) -> JobRecord | None: ...
+
+    async def record_of_client(self, account: Account, service: Service, client_job_id: str) -> JobRecord | None: ...
+
+    async def records(self, query: JobQuery) -> tuple[JobRecord, ...]: ...
+
+    async def body(self, job: JobId) -> bytes | None: ...
+
+    async def result(self, job: JobId) -> RecordedResult | None: ...
+
+    async def artifact(self, job: JobId, number: int) -> Path | None:
+        """Find the copied file of an artifact; None when it is not (or not yet, or no longer) in the data folder."""
+        ...
+
+    async def forget(self, job: JobId) -> Reply:
+        """Remove an ended job from history with its files."""
+        ...
+
+    def place(self, job: JobId) -> Place: ...
+
+    def gpus(self) -> tuple[GpuView, ...]: ...
+
+    def queue(self) -> QueueView: ...
+
+    async def drain(self, gpu: GpuId, draining: bool) -> Reply: ...
+
+    async def pause(self, paused: bool) -> Reply: ...
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Hear every store event from now on, at once and without waiting; returns what ends that."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether jobs are taken (not while draining for the end)."""
+        ...
+
+
+class EnginesPort(Protocol):
+    """Engines, as far as front doors relay to them."""
+
+    def engines(self, service: Service | None = None) -> tuple[EngineView, ...]:
+        """All engines (of a service), in the order of the settings."""
+        ...
+
+    def wire(self, engine: EngineUrl) -> EngineClient:
+        """The pooled client to an engine of the settings."""
+        ...
+
+    def sticky(self, service: Service, key: str) -> EngineView | None:
+        """The live engine that the requests of this key (an account, a page) go to; None when none is live."""
+        ...
+
+
+class ValuesPort(Protocol):
+    """Small values kept per account over restarts (A1111 options)."""
+
+    async def account_get(self, account: Account, kind: str) -> bytes | None: ...
+
+    async def account_put(self, account: Account, kind: str, value: bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebContext:
+    """Everything the web is made from."""
+
+    settings: Settings
+    jobs: JobsPort
+    engines: EnginesPort
+    values: ValuesPort
+    data_folder: Path
+    new_job_id: Callable[[], JobId]
+    """Random canonical UUID4."""
+
+
+class Front(Protocol):
+    """One service's front door."""
+
+    async def respond(self, request: web.Request, target: str, identity: Identity) -> web.StreamResponse:
+        """Answer one request. `target` is origin-form (raw path and query) with any mount prefix taken off."""
+        ...
+
+    async def close(self) -> None: ...
