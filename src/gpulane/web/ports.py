@@ -15,22 +15,29 @@ from aiohttp import web
 
 from gpulane.adapters.base import EngineRequest
 from gpulane.config import Settings
-from gpulane.core.model import (
-    Account,
-    Band,
-    EngineState,
-    EngineUrl,
-    GpuId,
-    GpuState,
-    JobId,
-    ModelKey,
-    Service,
-)
-from gpulane.engine.base import Description, RecordedResult
+from gpulane.core.model import Account, Band, EngineUrl, GpuId, JobId, Service
+from gpulane.engine.base import RecordedResult
 from gpulane.engine.progress import ProgressHub
 from gpulane.relay.answer import HeldAnswer
 from gpulane.store.base import JobQuery, JobRecord, Listener, NewJob, Reply
+from gpulane.views import EngineView, GpuView, HeldCall, Place, QueueView, Reason
 from gpulane.wire.client import EngineClient
+
+__all__ = [
+    "EngineView",
+    "EnginesPort",
+    "Front",
+    "GpuView",
+    "HeldCall",
+    "Identity",
+    "JobsPort",
+    "Place",
+    "QueueView",
+    "Reason",
+    "Role",
+    "ValuesPort",
+    "WebContext",
+]
 
 
 class Role(StrEnum):
@@ -51,79 +58,6 @@ class Identity:
     weight: float = 1.0
     address: str = ""
     """The client's address, after trusted proxies."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldCall:
-    """A request whose client waits."""
-
-    job: JobId
-    answer: HeldAnswer
-    """Filled by the engine client; has a gpu header to add once begun."""
-    joined: bool = False
-    """It joined an identical call of the same account that was there already."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reason:
-    """Why something is so: a stable code, a sentence, and the values in it."""
-
-    code: str
-    text: str
-    args: dict[str, object]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a waiting job stands now."""
-
-    position: int | None
-    """1 goes next; None when it does not wait."""
-    reason: Reason | None
-    estimated_start_seconds: tuple[float, float] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineView:
-    """One engine, as shown."""
-
-    url: EngineUrl
-    service: Service
-    name: str
-    gpu: GpuId
-    state: EngineState
-    why: str
-    """What is wrong with it; empty when nothing is."""
-    model: ModelKey
-    description: Description | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuView:
-    """One gpu, as shown."""
-
-    id: GpuId
-    name: str
-    node: str
-    uuid: str
-    state: GpuState
-    why: str
-    """What occupies it when no job does (`stranger`, `recovering` ...); empty when nothing does."""
-    job: JobId | None
-    engines: tuple[EngineView, ...]
-    vram_bytes_total: int | None
-    vram_bytes_free: int | None
-    labels: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueView:
-    """Counts for pages and metrics."""
-
-    waiting: int
-    running: int
-    paused: bool
-    waiting_by_service: dict[Service, int]
 
 
 class JobsPort(Protocol):
