@@ -62,6 +62,11 @@ make_venv() {
         apt_install python3 python3-venv || true
         python=$(find_python)
     fi
+    if [ -z "$python" ]; then
+        # Ubuntu 22.04's python3 is older, and a newer one stands beside it.
+        apt_install python3.11 python3.11-venv || true
+        python=$(find_python)
+    fi
     [ -n "$python" ] || stop "Python 3.11 or newer is needed; install it and run this again"
     say "making $VENV with $("$python" --version)"
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -132,11 +137,16 @@ apt_install() {
     services_before=$(enabled_services)
     keep_services_off
     status=0
-    apt_get install --no-install-recommends "$@" || { apt_get update && apt_get install --no-install-recommends "$@"; } || status=1
+    apt_get install --no-install-recommends "$@" \
+        || { update_once && apt_get install --no-install-recommends "$@"; } || status=1
     leave_no_policy
     disable_new_services "$services_before"
     return $status
 }
+
+# An image without package lists needs it; a second time it would bring nothing new.
+updated=no
+update_once() { [ $updated = no ] && updated=yes && apt_get update; }
 
 apt_get() {
     DEBIAN_FRONTEND=noninteractive timeout $APT_SECONDS apt-get -y -qq -o DPkg::Lock::Timeout=60 -o Dpkg::Use-Pty=0 \

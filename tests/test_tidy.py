@@ -5,6 +5,7 @@ It reads the files of the tree and imports none of them.
 
 import ast
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -47,7 +48,8 @@ BANNED_PATHS = re.compile(r"(?<![\w./-])/(?:work|root|home/\w+)/")
 @cache
 def files() -> tuple[Path, ...]:
     """Returns the tracked and the new files of the tree, relative to its root."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    git = shutil.which("git") or "false"
+    command = [git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode == 0:
         found = [Path(name) for name in listed.stdout.split("\0") if name]
