@@ -141,6 +141,7 @@ apt_install() {
         || { update_once && apt_get install --no-install-recommends "$@"; } || status=1
     leave_no_policy
     disable_new_services "$services_before"
+    if [ $status != 0 ]; then say "apt-get failed, its words are in $CACHE/apt.log"; fi
     return $status
 }
 
