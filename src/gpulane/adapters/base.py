@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from gpulane.core.model import NO_MODEL, ModelKey, Work
 
 HeaderList = tuple[tuple[str, str], ...]
@@ -33,6 +35,24 @@ class EngineRequest:
     """Origin-form, already percent-encoded as it goes on the wire."""
     headers: HeaderList = ()
     body: bytes = b""
+
+
+class _RequestHead(msgspec.Struct, frozen=True):
+    method: str
+    target: str
+    headers: HeaderList
+
+
+def encode_request(request: EngineRequest) -> bytes:
+    """Write a request as a stored body: its head as one line of JSON, then its own body untouched."""
+    return msgspec.json.encode(_RequestHead(request.method, request.target, request.headers)) + b"\n" + request.body
+
+
+def decode_request(stored: bytes) -> EngineRequest:
+    """Read what `encode_request` wrote."""
+    head_line, _, body = stored.partition(b"\n")
+    head = msgspec.json.decode(head_line, type=_RequestHead)
+    return EngineRequest(method=head.method, target=head.target, headers=head.headers, body=body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,12 +66,19 @@ class JobsPort(Protocol):
     @property
     def hub(self) -> ProgressHub: ...
 
-    async def submit(self, new: NewJob) -> Reply:
-        """Admit and store a job; durable on return. OK or EXISTS. Raises Impossible, Throttled, Conflict, Unavailable."""
+    async def submit(self, new: NewJob, request: EngineRequest) -> Reply:
+        """Admit and store a job; durable on return. OK or EXISTS. Raises Impossible, Throttled, Conflict, Unavailable.
+
+        `new.body` stays None: the gateway makes it from `request`.
+        """
         ...
 
     async def hold(self, new: NewJob, request: EngineRequest) -> HeldCall:
         """Admit a job whose client waits. Raises as submit does. An identical call of the account is joined."""
+        ...
+
+    def answered(self, job: JobId) -> None:
+        """Say that the client of a held call has its whole answer, so that nothing need be kept for it."""
         ...
 
     def leave(self, job: JobId) -> None:
