@@ -1,0 +1,182 @@
+"""Watches one engine: does it live, is it idle, what does it offer, does a stranger use it. Alone moves the engine's state.
+
+A busy gpu is slow, not dead: an engine is lost only after several misses in a row, each with seconds of patience, and comes
+back with the first answers. It never sends a job, and never touches work that it finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from gpulane.config import ProbeSettings
+from gpulane.core.events import EngineLost, EngineReady, LocalEvent, ModelSeen
+from gpulane.core.model import NO_MODEL, EngineState, GpuId, JobId, ModelKey
+from gpulane.engine.base import Description, ProbeReport, ServiceClient
+from gpulane.errors import EngineError
+
+STARTING_INTERVAL_SECONDS: Final = 0.5
+"""How often an engine that is not ready is asked at first."""
+LOST_INTERVAL_SECONDS_MAX: Final = 5.0
+"""The slowest an engine that does not answer is asked."""
+STRANGER_INTERVAL_SECONDS: Final = 1.0
+"""How often an engine with a stranger's work is asked whether it is over."""
+REFUSALS_FOR_DEAD: Final = 3
+"""Refused connections, spread over the quiet time, that prove that no process of the engine is left."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class EngineWatch:
+    """One engine's watch; `run` is its task."""
+
+    def __init__(
+        self,
+        client: ServiceClient,
+        gpu: GpuId,
+        settings: ProbeSettings,
+        *,
+        own_jobs: Callable[[], frozenset[JobId]],
+        occupancy: Callable[[], int],
+        tell: Callable[[LocalEvent], None],
+        on_stranger: Callable[[bool], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.client = client
+        self.gpu = gpu
+        self.state = EngineState.STARTING
+        self.why = "not asked yet"
+        self.model: ModelKey = NO_MODEL
+        self.description: Description | None = None
+        self.report: ProbeReport | None = None
+        self._settings = settings
+        self._own_jobs = own_jobs
+        self._occupancy = occupancy
+        self._tell = tell
+        self._on_stranger = on_stranger
+        self._clock = clock
+        self._misses = 0
+        self._described_at = float("-inf")
+        self._has_stranger = False
+        self._soon = asyncio.Event()
+
+    async def run(self) -> None:
+        """Probe for ever, until cancelled."""
+        await self.client.open()
+        interval = STARTING_INTERVAL_SECONDS
+        while True:
+            answered = await self.look()
+            if self._has_stranger:
+                interval = STRANGER_INTERVAL_SECONDS
+            elif answered and self.state is EngineState.READY:
+                interval = self._settings.interval_seconds
+            elif answered:
+                interval = STARTING_INTERVAL_SECONDS
+            else:
+                interval = min(max(interval, STARTING_INTERVAL_SECONDS) * 1.5, LOST_INTERVAL_SECONDS_MAX)
+            try:
+                async with asyncio.timeout(interval):
+                    await self._soon.wait()
+            except TimeoutError:
+                pass
+            self._soon.clear()
+
+    def look_soon(self) -> None:
+        """Probe now rather than at the end of the interval."""
+        self._soon.set()
+
+    async def look(self) -> bool:
+        """Probe once; returns whether the engine answered."""
+        occupancy, own = self._occupancy(), self._own_jobs()
+        try:
+            report = await self.client.probe(own)
+            if self._needs_description(report):
+                await self._describe(report)
+        except EngineError as error:
+            self._missed(error)
+            return False
+        self._misses = 0
+        self.report = report
+        # A job of ours that began or ended meanwhile makes the answer say nothing about strangers.
+        if self._occupancy() == occupancy:
+            self._judge_strangers(report, own | self._own_jobs())
+        if report.model is not None and report.model != self.model:
+            self.saw_model(report.model)
+        return True
+
+    def saw_model(self, model: ModelKey) -> None:
+        """Note which model the engine was proved to hold."""
+        self.model = model
+        self._tell(ModelSeen(gpu=self.gpu, engine=self.client.url, model=model))
+
+    async def until_idle(self) -> bool:
+        """Wait until the engine is known idle (True) or its process is known gone (False).
+
+        Idle: two answered probes over new connections, `quiet_seconds` apart, since an engine may still read the request of a
+        connection that broke. Gone: refused connections over the same time. Silence proves nothing: then this waits on.
+        """
+        idle_since: float | None = None
+        refused = 0
+        refused_since = 0.0
+        while True:
+            now = self._clock()
+            try:
+                report = await self.client.probe(frozenset(), fresh=True)
+            except EngineError as error:
+                idle_since = None
+                refused = refused + 1 if error.code == "connect_failed" else 0
+                refused_since = now if refused <= 1 else refused_since
+                if refused >= REFUSALS_FOR_DEAD and now - refused_since >= self._settings.quiet_seconds:
+                    return False
+            else:
+                refused = 0
+                if not report.idle:
+                    idle_since = None
+                elif idle_since is None:
+                    idle_since = now
+                elif now - idle_since >= self._settings.quiet_seconds:
+                    return True
+            await asyncio.sleep(max(0.05, self._settings.quiet_seconds / 4))
+
+    def _needs_description(self, report: ProbeReport) -> bool:
+        if self.state is not EngineState.READY:
+            return True
+        overdue = self._clock() - self._described_at >= self._settings.describe_interval_seconds
+        return overdue and report.idle
+
+    async def _describe(self, report: ProbeReport) -> None:
+        """Learn what it offers; a newly found engine must first prove that it computes."""
+        fresh = self.state is not EngineState.READY
+        if fresh and report.idle and self._occupancy() % 2 == 0 and not await self.client.canary():
+            self._lose("it answers but computes nothing: its prompt thread is dead; restart it", "zombie")
+            return
+        description = await self.client.describe()
+        self._described_at = self._clock()
+        if not fresh and self.description is not None and description.digest == self.description.digest:
+            return
+        self.description = description
+        self.state, self.why = EngineState.READY, ""
+        _log.info("engine_ready", engine=self.client.url, service=str(description.service), version=description.version)
+        self._tell(EngineReady(engine=self.client.url, offers=description.offers))
+
+    def _missed(self, error: EngineError) -> None:
+        self._misses += 1
+        if self.state is EngineState.STARTING or self._misses >= self._settings.misses_max:
+            self._lose(error.message, error.code)
+
+    def _lose(self, why: str, code: str) -> None:
+        if self.state is not EngineState.LOST:
+            _log.warning("engine_lost", engine=self.client.url, why=why, code=code)
+        if self.state is EngineState.READY or self.why != why:
+            self._tell(EngineLost(engine=self.client.url, why=why))
+        self.state, self.why = EngineState.LOST, why
+
+    def _judge_strangers(self, report: ProbeReport, own: frozenset[JobId]) -> None:
+        strange = bool(set(report.strange_jobs) - own) or (not report.idle and not own)
+        if strange != self._has_stranger:
+            self._has_stranger = strange
+            _log.info("stranger_seen" if strange else "stranger_gone", engine=self.client.url, jobs=report.strange_jobs)
+            self._on_stranger(strange)
