@@ -6,7 +6,7 @@ It shares no code with `gpulane.wire`, so that a misreading of HTTP there cannot
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 Script = Callable[["Peer"], Awaitable[None]]
@@ -108,7 +108,7 @@ class RawEngine:
 
 
 @asynccontextmanager
-async def raw_engine(script: Script) -> AsyncIterator[RawEngine]:
+async def raw_engine(script: Script) -> AsyncGenerator[RawEngine]:
     """Serve `script` on a free port of the loopback."""
     engine = RawEngine(script)
     server = await asyncio.start_server(engine.serve, "127.0.0.1", 0, limit=1 << 20)

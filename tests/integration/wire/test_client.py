@@ -21,6 +21,9 @@ from tests.integration.raw_engine import Peer, Script, raw_engine, until
 
 pytestmark = pytest.mark.anyio
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nLink: x\r\n\r\n"
+
 
 async def echo_head(peer: Peer) -> None:
     """Answer each request with its own head."""
@@ -84,12 +87,12 @@ async def test_the_target_goes_out_untouched_and_headers_keep_order_and_case() -
     ("answer", "body"),
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: 1\r\n\r\n", b"abcde"),
+        (CHUNKED + b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: 1\r\n\r\n", b"abcde"),
         (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nabc", b"abc"),
         (b"HTTP/1.0 200 OK\r\n\r\nabc", b"abc"),
         (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
         (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n", b""),
-        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nLink: x\r\n\r\nHTTP/1.1 200\r\nContent-Length: 1\r\n\r\na", b"a"),
+        (INTERIM + b"HTTP/1.1 200\r\nContent-Length: 1\r\n\r\na", b"a"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b""),
     ],
 )  # fmt: skip
