@@ -151,6 +151,10 @@ class ServiceClient(Protocol):
         """
         ...
 
+    def known_idle(self) -> bool | None:
+        """Tell from what the engine has pushed whether it is idle now; None: it pushes nothing (or not now), so ask."""
+        ...
+
     async def describe(self) -> Description:
         """Fetch what it is and offers. Raises EngineError."""
         ...
