@@ -22,8 +22,8 @@ _GPU_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "ip6-localhost", "ip6-loopback"})
 
 
-def parse_settings(text: str, *, source: str = "settings") -> Settings:
-    """Read YAML. Raises ConfigError naming `source` and the place."""
+def parse_settings(text: str, *, source: str = "settings", allow_anonymous: bool = False) -> Settings:
+    """Read YAML. Raises ConfigError naming `source` and the place. `allow_anonymous` stands above the text."""
     try:
         loaded: object = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -38,6 +38,8 @@ def parse_settings(text: str, *, source: str = "settings") -> Settings:
         settings = msgspec.convert(loaded, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_explained(str(error))}") from error
+    if allow_anonymous:
+        settings = msgspec.structs.replace(settings, allow_anonymous=True)
     return check_settings(settings, source=source)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from gpulane.core.book import Book
-from gpulane.core.model import EngineState, GpuId, JobId, Service
+from gpulane.core.model import EngineState, GpuId, GpuState, JobId, Service
 from gpulane.dispatcher.gpu import GpuOwner
 from gpulane.views import EngineView, GpuView, Place, QueueView, Reason
 
@@ -20,7 +21,28 @@ class Shown:
         self._clock = clock
 
     def gpus(self) -> tuple[GpuView, ...]:
+        """All gpus of this node, in the order of the settings."""
         return tuple(self._gpu(owner) for owner in self._owners.values())
+
+    def queue(self) -> QueueView:
+        """Count what waits and runs."""
+        entries = self._book.waiting.entries.values()
+        return QueueView(
+            waiting=len(entries),
+            running=len(self._book.active),
+            paused=self._book.paused,
+            waiting_by_service=dict(Counter(entry.job.service for entry in entries)),
+        )
+
+    def place(self, job: JobId) -> Place:
+        """Tell where a job stands in fair order, why it waits, and about when it starts."""
+        now = self._clock()
+        reason = self._book.reason(job, now)
+        return Place(
+            position=self._book.job_place(job),
+            reason=None if reason is None else Reason(code=reason.code, text=reason.text, args=dict(reason.args)),
+            estimated_start_seconds=self._book.estimated_start_seconds(job, now),
+        )
 
     def engines(self, service: Service | None = None) -> tuple[EngineView, ...]:
         return tuple(
@@ -34,6 +56,26 @@ class Shown:
         """Rendezvous hashing: a key keeps its engine while that lives, and the others keep theirs when one goes."""
         live = [view for view in self.engines(service) if view.state in {EngineState.READY, EngineState.LEAKING}]
         return max(live, key=lambda view: hashlib.sha256(f"{key}\0{view.url}".encode()).digest(), default=None)
+
+    def _gpu(self, owner: GpuOwner) -> GpuView:
+        known = self._book.gpu_view(owner.id)
+        reports = [watch.report for watch in owner.watches.values() if watch.report is not None]
+        totals = [r.vram_bytes_total for r in reports if r.vram_bytes_total is not None]
+        frees = [r.vram_bytes_free for r in reports if r.vram_bytes_free is not None]
+        return GpuView(
+            id=owner.id,
+            name=owner.gpu.name,
+            node=str(owner.id).rpartition("/")[0],
+            uuid=owner.gpu.uuid,
+            state=GpuState.LOST if known is None else known.state,
+            why=owner.why,
+            job=None if known is None else known.job,
+            engines=self._engines(owner),
+            vram_bytes_total=owner.gpu.vram_bytes or max(totals, default=None),
+            # Engines count their own cache as free or not: the smallest answer is the safe one.
+            vram_bytes_free=min(frees, default=None),
+            labels=owner.gpu.labels,
+        )
 
     def _engines(self, owner: GpuOwner) -> tuple[EngineView, ...]:
         return tuple(

@@ -1,0 +1,292 @@
+"""The composition root: builds everything from the settings, starts it in order, says `ready`, and stops it in order.
+
+Nothing else knows all the parts. A wrong setting, a busy port or a folder that cannot be used ends here as a ConfigError, which
+the command line prints as one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import secrets
+import signal
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import structlog
+from aiohttp import web
+from platformdirs import user_data_path
+
+from gpulane.adapters.http.paths import HttpRules
+from gpulane.config import EngineSettings, GpuSettings, Settings
+from gpulane.config.parse import is_loopback, listen_address
+from gpulane.core.model import ClaimId, Engine, EngineUrl, Gpu, GpuId, JobId, NodeId, Service
+from gpulane.core.policy import Policy
+from gpulane.dispatcher.gateway import Gateway, GatewayParts
+from gpulane.dispatcher.locks import GpuLocks
+from gpulane.engine.a1111 import A1111Client
+from gpulane.engine.base import ServiceClient
+from gpulane.engine.comfyui import ComfyUIClient
+from gpulane.engine.detect import detect
+from gpulane.engine.http import HttpServiceClient
+from gpulane.errors import ConfigError, StoreError
+from gpulane.store.base import Store
+from gpulane.store.memory import MemoryStore
+from gpulane.store.node import NodeStore
+from gpulane.store.sqlite import SqliteStore
+from gpulane.web.a1111 import A1111Front
+from gpulane.web.app import build_app
+from gpulane.web.comfyui import ComfyUIFront
+from gpulane.web.http_service import HttpFront
+from gpulane.web.ports import Front, WebContext
+from gpulane.wire.client import EngineClient
+
+GIB: Final = 1024**3
+SHUTDOWN_SECONDS: Final = 5.0
+"""How long answers may take to leave after everything has ended."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A service that takes requests."""
+
+    gateway: Gateway
+    addresses: dict[str, str]
+    """Root URL by listener: `main`, `comfyui`, `a1111`, `http NAME`."""
+
+
+async def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
+    """Run until SIGINT or SIGTERM; the first drains, the second ends at once. Raises ConfigError."""
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def asked() -> None:
+        (stop_now if stop.is_set() else stop).set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked)
+    async with running(settings) as service:
+        announce(f"gpulane ready {service.addresses['main']}")
+        await stop.wait()
+        _log.info("draining", hint="once more to stop at once; running ComfyUI jobs are found again at the next start")
+        await _first(service.gateway.quiet_end(), stop_now.wait())
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Running]:
+    """Start everything; inside the block requests are served. Raises ConfigError when it cannot start."""
+    data_folder = _data_folder(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        store, node_store = _stores(settings, data_folder)
+        try:
+            await store.open()
+            stack.push_async_callback(store.close)
+            await node_store.open()
+            stack.push_async_callback(node_store.close)
+            node, boot = await node_store.boot()
+        except StoreError as error:
+            raise ConfigError(f"data folder {data_folder}: {error.message}", hint=error.hint) from error
+        gpus = await _gpus(settings, node, node_store)
+        locks = GpuLocks(Path(settings.lock_dir) if settings.lock_dir else data_folder / "locks")
+        stack.callback(locks.release)
+        for gpu in gpus:
+            locks.own(gpu.name)
+        wires = {engine.url: EngineClient(engine.url) for gpu in gpus for engine in gpu.engines}
+        for wire in wires.values():
+            stack.push_async_callback(wire.close)
+        clients = {e.url: _client(e, wires[e.url], settings) for gpu in gpus for e in gpu.engines}
+        gateway = Gateway(
+            GatewayParts(
+                settings=settings,
+                policy=_policy(settings),
+                store=store,
+                node_store=node_store,
+                node=node,
+                boot=boot,
+                gpus=gpus,
+                clients=clients,
+                wires=wires,
+                data_folder=data_folder,
+                clock=time.monotonic,
+                new_claim=lambda: ClaimId(secrets.token_hex(8)),
+            )
+        )
+        await stack.enter_async_context(gateway.running())
+        addresses = await _listen(settings, gateway, node_store, data_folder, stack)
+        yield Running(gateway=gateway, addresses=addresses)
+
+
+async def _first(*waits: object) -> None:
+    tasks = [asyncio.create_task(wait) for wait in waits]  # type: ignore[arg-type]  # noqa: TID251
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _data_folder(settings: Settings) -> Path:
+    folder = Path(settings.data).expanduser() if settings.data else user_data_path("gpulane", appauthor=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ConfigError(f"data folder {folder} cannot be used: {why}; name another one with --data") from error
+    return folder
+
+
+def _stores(settings: Settings, folder: Path) -> tuple[Store, NodeStore]:
+    if settings.store.startswith(("redis://", "rediss://")):
+        raise ConfigError("store: a queue shared by many machines comes with a later version; write sqlite")
+    if settings.store == "memory":
+        return MemoryStore(clock=time.time), NodeStore(None)
+    return SqliteStore(folder, clock=time.time), NodeStore(folder)
+
+
+def _policy(settings: Settings) -> Policy:
+    s, r = settings.scheduling, settings.retry
+    return replace(
+        Policy(),
+        slack_loads=s.slack_loads,
+        slack_cap_seconds_per_gpu=s.slack_cap_seconds_per_gpu,
+        load_seconds_unknown=s.load_seconds_unknown,
+        service_seconds_unknown=s.service_seconds_unknown,
+        retry_seconds_base=r.rest_seconds,
+        retry_seconds_max=r.rest_seconds_max,
+    )
+
+
+async def _gpus(settings: Settings, node: NodeId, node_store: NodeStore) -> tuple[Gpu, ...]:
+    """Make the gpus of the settings, asking engines whose service is not given what they are."""
+    host = settings.name or socket.gethostname().split(".")[0]
+    urls = [
+        engine.url
+        for gpu in settings.gpus.values()
+        for engine in gpu.engines
+        if isinstance(engine, EngineSettings) and engine.service is None
+    ]
+    known = await node_store.learned("engine_service")
+    services = dict(zip(urls, await asyncio.gather(*(_service_of(url, known.get(url)) for url in urls)), strict=True))
+    for url, service in services.items():
+        await node_store.learn_put("engine_service", url, service.value)
+    return tuple(_gpu(host, name, gpu, node, services) for name, gpu in settings.gpus.items())
+
+
+async def _service_of(url: str, known: object) -> Service:
+    found = await detect(EngineUrl(url))
+    if found.service is not None:
+        return found.service
+    if found.answers:
+        raise ConfigError(
+            f"{url} answers but is neither ComfyUI nor A1111 ({found.why}); if its jobs are HTTP requests, "
+            f"write http:{url}"
+        )
+    if isinstance(known, str):
+        return Service(known)
+    raise ConfigError(
+        f"{url} does not answer ({found.why}), so what it is cannot be asked: start it first, or say it, for "
+        f"instance comfyui:{url} or a1111:{url}"
+    )
+
+
+def _gpu(host: str, name: str, gpu: GpuSettings, node: NodeId, services: dict[str, Service]) -> Gpu:
+    engines: list[Engine] = []
+    for engine in gpu.engines:
+        assert isinstance(engine, EngineSettings), "settings are normalized"
+        service = Service(engine.service) if engine.service else services[engine.url]
+        port = engine.url.rpartition(":")[2]
+        shown = engine.name or (f"{name}-{port}" if service is Service.HTTP else "")
+        engines.append(Engine(url=EngineUrl(engine.url), service=service, name=shown))
+    return Gpu(
+        id=GpuId(f"{host}/{name}"),
+        node=node,
+        name=name,
+        uuid=gpu.uuid or _digest_uuid(node, [engine.url for engine in engines]),
+        engines=tuple(engines),
+        vram_bytes=None if gpu.vram_gib is None else int(gpu.vram_gib * GIB),
+        labels=frozenset(gpu.labels),
+        speed=gpu.speed,
+    )
+
+
+def _digest_uuid(node: NodeId, urls: list[EngineUrl]) -> str:
+    """Identify a card without a driver by its engines, and by the node where their addresses are loopback (fleet.md 1)."""
+    hosts = [url.split("//", 1)[1].split("/")[0].rpartition(":")[0].strip("[]") for url in urls]
+    local = node if any(is_loopback(host) for host in hosts) else ""
+    return "engines-" + hashlib.sha256("\n".join([local, *sorted(urls)]).encode()).hexdigest()[:32]
+
+
+def _client(engine: Engine, wire: EngineClient, settings: Settings) -> ServiceClient:
+    match engine.service:
+        case Service.COMFYUI:
+            return ComfyUIClient(engine.url, probe=settings.probe)
+        case Service.A1111:
+            return A1111Client(engine.url, wire)
+        case Service.HTTP:
+            return HttpServiceClient(engine.url, wire)
+
+
+async def _listen(
+    settings: Settings, gateway: Gateway, node_store: NodeStore, folder: Path, stack: contextlib.AsyncExitStack
+) -> dict[str, str]:
+    context = WebContext(
+        settings=settings,
+        jobs=gateway,
+        engines=gateway,
+        values=node_store,
+        data_folder=folder,
+        new_job_id=lambda: JobId(str(uuid.uuid4())),
+    )
+    fronts: dict[Service, Front] = {
+        Service.COMFYUI: ComfyUIFront(context),
+        Service.A1111: A1111Front(context),
+        Service.HTTP: HttpFront(context),
+    }
+    for front in fronts.values():
+        stack.push_async_callback(front.close)
+    addresses: dict[str, str] = {}
+    for name, address, root in _listeners(settings):
+        app = build_app(context, fronts, root=root)
+        addresses[name] = await _bind(name, app, address, stack)
+    return addresses
+
+
+def _listeners(settings: Settings) -> list[tuple[str, str, Service | str | None]]:
+    listeners: list[tuple[str, str, Service | str | None]] = [("main", settings.listen, None)]
+    if settings.listen_comfyui:
+        listeners.append(("comfyui", settings.listen_comfyui, Service.COMFYUI))
+    if settings.listen_a1111:
+        listeners.append(("a1111", settings.listen_a1111, Service.A1111))
+    for gpu in settings.gpus.values():
+        for engine in gpu.engines:
+            if isinstance(engine, EngineSettings) and engine.listen:
+                listeners.append((f"http {engine.name}", engine.listen, engine.name))
+    return listeners
+
+
+async def _bind(name: str, app: web.Application, address: str, stack: contextlib.AsyncExitStack) -> str:
+    host, port = listen_address(address)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, host, port, backlog=1024)
+    try:
+        await site.start()
+    except OSError as error:
+        why = error.strerror or str(error)
+        setting = "listen" if name == "main" else f"listen of {name}"
+        raise ConfigError(f"{setting}: {address} cannot be used: {why}; choose another one with --listen") from error
+    bound = runner.addresses[0]
+    shown_host = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+    return f"http://{shown_host}:{bound[1]}"
