@@ -37,6 +37,18 @@ class OutOfMemory(Exception):
     """The card has not the memory that was asked for."""
 
 
+class Died(Exception):
+    """A fault kills the engine here, in the middle of its work."""
+
+
+@dataclass(slots=True, kw_only=True)
+class OpenInterval:
+    """An interval under way."""
+
+    outcome: str = "ok"
+    """What its end line will say."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardOptions:
     """How big and how fast a simulated card is."""
@@ -289,15 +301,21 @@ class CardUse:
         self.card.log("end", interval=interval, engine=self.engine, outcome=outcome)
 
     @contextlib.contextmanager
-    def interval(self, kind: IntervalKind, job_id: str, model: str | None) -> Iterator[None]:
-        """An interval round some work. A killed process logs no end, so neither does a cancelled task."""
+    def interval(self, kind: IntervalKind, job_id: str, model: str | None) -> Iterator["OpenInterval"]:
+        """An interval round some work. A killed process logs no end, so neither does a cancelled task or a `Died`."""
+        opened = OpenInterval()
         interval = self.begin(kind, job_id, model)
         try:
-            yield
+            yield opened
+        except Died:
+            raise
+        except OutOfMemory:
+            self.end(interval, "oom")
+            raise
         except Exception:
             self.end(interval, "error")
             raise
-        self.end(interval)
+        self.end(interval, opened.outcome)
 
     def job_over(self, job_id: str, outcome: str, *, computed: bool) -> None:
         """Log that the engine is through with a job."""

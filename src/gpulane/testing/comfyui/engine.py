@@ -52,6 +52,7 @@ class SimComfyUI:
         port: int = 0,
         version: str = MODERN_VERSION,
         models: Mapping[str, Sequence[str]] = DEFAULT_MODELS,
+        checkpoints: Sequence[str] | None = None,
         folder: Path | None = None,
         previews: bool = False,
         plain_pictures: bool = False,
@@ -69,6 +70,8 @@ class SimComfyUI:
         self.server = SimServer(self, port=port, faults=faults, exits_on_crash=exits_on_crash)
         self.faults = self.server.faults
         self.models = {name: list(names) for name, names in models.items()}
+        if checkpoints is not None:
+            self.models["checkpoints"] = list(checkpoints)
         self.folders = Folders(folder, seed=seed)
         self.nodes = NodeTable(
             version=version,
@@ -188,8 +191,8 @@ class SimComfyUI:
             ("GET", "/embeddings", self._answer(lambda: self.models.get("embeddings", []))),
             ("GET", "/models", self._answer(lambda: MODEL_FOLDERS[self.version])),
             ("GET", "/models/{folder}", self._get_model_folder),
-            ("GET", "/extensions", self._answer(lambda: [])),
-            ("GET", "/experiment/models", self._answer(lambda: [])),
+            ("GET", "/extensions", self._answer(list)),
+            ("GET", "/experiment/models", self._answer(list)),
             ("GET", "/workflow_templates", self._empty_object),
             ("GET", "/i18n", self._empty_object),
             ("GET", "/view", self._get_view),
@@ -311,7 +314,7 @@ class SimComfyUI:
         if "number" in body:
             return float(body["number"])
         number = self._number
-        if "front" in body and body["front"]:
+        if body.get("front"):
             number = -number
         self._number += 1
         return number

@@ -31,17 +31,56 @@ _LIST_INPUTS: Final = {
 """Inputs whose choices are the files of a model folder."""
 
 MODEL_FOLDERS: Final = {
-    CLASSIC_VERSION: (
-        "checkpoints configs loras vae text_encoders diffusion_models clip_vision style_models embeddings diffusers "
-        "vae_approx controlnet gligen upscale_models custom_nodes hypernetworks photomaker classifiers model_patches "
-        "audio_encoders"
-    ).split(),
-    MODERN_VERSION: (
-        "checkpoints configs loras vae text_encoders diffusion_models clip_vision style_models embeddings diffusers "
-        "vae_approx controlnet gligen upscale_models latent_upscale_models custom_nodes hypernetworks photomaker "
-        "classifiers model_patches audio_encoders background_removal frame_interpolation geometry_estimation "
-        "optical_flow detection"
-    ).split(),
+    CLASSIC_VERSION: [
+        "checkpoints",
+        "configs",
+        "loras",
+        "vae",
+        "text_encoders",
+        "diffusion_models",
+        "clip_vision",
+        "style_models",
+        "embeddings",
+        "diffusers",
+        "vae_approx",
+        "controlnet",
+        "gligen",
+        "upscale_models",
+        "custom_nodes",
+        "hypernetworks",
+        "photomaker",
+        "classifiers",
+        "model_patches",
+        "audio_encoders",
+    ],
+    MODERN_VERSION: [
+        "checkpoints",
+        "configs",
+        "loras",
+        "vae",
+        "text_encoders",
+        "diffusion_models",
+        "clip_vision",
+        "style_models",
+        "embeddings",
+        "diffusers",
+        "vae_approx",
+        "controlnet",
+        "gligen",
+        "upscale_models",
+        "latent_upscale_models",
+        "custom_nodes",
+        "hypernetworks",
+        "photomaker",
+        "classifiers",
+        "model_patches",
+        "audio_encoders",
+        "background_removal",
+        "frame_interpolation",
+        "geometry_estimation",
+        "optical_flow",
+        "detection",
+    ],
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from gpulane.testing.card import CardUse, Json, OutOfMemory
+from gpulane.testing.card import CardUse, Died, Json, OutOfMemory
 from gpulane.testing.comfyui.files import Folders
 from gpulane.testing.comfyui.graph import ExecutionList, is_link, signatures
 from gpulane.testing.comfyui.nodes import NodeTable
@@ -23,10 +23,6 @@ Trouble = Literal["crash", "hang", "oom", "error", "lose"]
 
 class Interrupted(Exception):
     """Somebody asked for an end."""
-
-
-class Crash(Exception):
-    """A fault kills the process here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +122,7 @@ class PromptWorker:
             except TypeError:
                 self.is_dead = True
                 return
-            except Crash:
+            except Died:
                 self._crash()
                 return
             # A prompt that takes no time must not keep the loop from everybody else.
@@ -390,7 +386,7 @@ class PromptWorker:
         trouble, run.trouble = run.trouble, None
         match trouble:
             case "crash":
-                raise Crash
+                raise Died
             case "hang":
                 await asyncio.Event().wait()
             case "oom":
