@@ -1,1 +1,3 @@
-"""Durability: one contract (`base`), several stores, one conformance suite. The job's record is the store's; the gpu is not."""
+"""Durability: one contract (`base`), several stores, one conformance suite. The job's record is the
+store's; the gpu is not.
+"""

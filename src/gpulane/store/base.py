@@ -1,38 +1,48 @@
 """The store contract: what every store promises, whichever engine is under it. Pure: types and prose, no I/O.
 
-Two authorities, never mixed. The *gpu* belongs to one process on its node (its lock file, its durable gpu record). The
-*job's record* belongs to the store: its state, who may write it, how it ended. An engine cannot check a token, so no lease
-in a store protects a gpu; the lease only says who may write the record and when somebody else may try the job.
+Two authorities, never mixed. The *gpu* belongs to one process on its node (its lock file, its durable gpu
+record). The *job's record* belongs to the store: its state, who may write it, how it ended. An engine
+cannot check a token, so no lease in a store protects a gpu; the lease only says who may write the record
+and when somebody else may try the job.
 
 Rules that hold for every verb
-  1. A verb is one transition: compare, change, append one event, reply. It is atomic, and true once its reply is out; for
-     what was acknowledged, true also after kill -9 and power loss (stores that persist at all).
+  1. A verb is one transition: compare, change, append one event, reply. It is atomic, and true once its
+     reply is out; for what was acknowledged, true also after kill -9 and power loss (stores that persist at
+     all).
   2. A verb may be sent twice with the same arguments and answers the same the second time, changing nothing.
-  3. Every reply carries `n`, the store's event number after it. Event numbers are dense: +1 per accepted change.
-  4. The credential of an attempt is its token, `<n of the grant>.<claim id>`, compared as a whole string. A write with
-     another token is STALE and changes nothing.
-  5. Events reach listeners in the order of `n`, on the event loop, before the reply of the verb that made them.
-  6. Only the store's clock is compared with the store's clock. Leases run in it; callers pass durations, never times.
-  7. Ended is ended: no verb moves a job out of succeeded, failed or cancelled, save `prune`, which forgets it.
+  3. Every reply carries `n`, the store's event number after it. Event numbers are dense: +1 per accepted
+     change.
+  4. The credential of an attempt is its token, `<n of the grant>.<claim id>`, compared as a whole string. A
+     write with another token is STALE and changes nothing.
+  5. Events reach listeners in the order of `n`, on the event loop, before the reply of the verb that made
+     them.
+  6. Only the store's clock is compared with the store's clock. Leases run in it; callers pass durations,
+     never times.
+  7. Ended is ended: no verb moves a job out of succeeded, failed or cancelled, save `prune`, which forgets
+     it.
 
 Life of a record
-     enqueue            claim                start                  finish | fail(end)
-  ->  queued  --------------------> (claimed) -------> running ------------------------> succeeded | failed | cancelled
-        ^ ^---- release, expire ------'                  |  '-- fail(again), rescue --> waiting_retry -- claim --> ...
+     enqueue         claim             start             finish | fail(end)
+  ->  queued  ---------------> (claimed) -----> running -------------------> succeeded | failed | cancelled
+        ^ ^-- release, expire --'               |  '-- fail(again), rescue --> waiting_retry -- claim --> ...
         '-------------- cancel of queued, waiting_retry or claimed: cancelled at once
 
-A claimed job still shows as `queued` (or `waiting_retry`): nothing was computed, and it may be cancelled or released at no
-cost. `start` is a second compare-and-set: only after its OK may a byte go to an engine, and only it counts an attempt.
+A claimed job still shows as `queued` (or `waiting_retry`): nothing was computed, and it may be cancelled or
+released at no cost. `start` is a second compare-and-set: only after its OK may a byte go to an engine, and
+only it counts an attempt.
 
-A cancel of a started job is a promise: it sets `cancel_wanted`, and from there on the job can only end `cancelled`,
-whatever the engine answers. "Interrupted" without a wanted cancel is a failed attempt, never a cancel.
+A cancel of a started job is a promise: it sets `cancel_wanted`, and from there on the job can only end
+`cancelled`, whatever the engine answers. "Interrupted" without a wanted cancel is a failed attempt, never a
+cancel.
 
-A lease that expired is never renewed. Its holder may `resume` (same attempt, new token) until the attempt is rescued.
-Rescue is two steps: `expire` marks a suspect, `rescue` takes it once the grace has passed since the mark.
+A lease that expired is never renewed. Its holder may `resume` (same attempt, new token) until the attempt
+is rescued. Rescue is two steps: `expire` marks a suspect, `rescue` takes it once the grace has passed since
+the mark.
 
-Fair share (docs/scheduling M1-M3) is kept here because it must survive restarts and be the same for all: F per (band,
-account), V per band. enqueue lifts F to V when the account has nothing waiting in the band; claim sets V = max(V, lowest F
-of the caller's book) and adds charge / weight to F; release and a fault of ours refund it; finish and fail correct it.
+Fair share (docs/scheduling M1-M3) is kept here because it must survive restarts and be the same for all: F
+per (band, account), V per band. enqueue lifts F to V when the account has nothing waiting in the band;
+claim sets V = max(V, lowest F of the caller's book) and adds charge / weight to F; release and a fault of
+ours refund it; finish and fail correct it.
 """
 
 from __future__ import annotations
@@ -40,7 +50,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from gpulane.core.events import Snapshot, StoreEvent
 from gpulane.core.model import (
@@ -59,6 +69,11 @@ from gpulane.core.model import (
     Service,
     Token,
 )
+
+PAGE_MAX: Final = 500
+"""The longest page that `jobs` returns, whatever is asked."""
+PRUNE_MAX: Final = 500
+"""How many jobs one `prune` forgets."""
 
 Listener = Callable[[tuple[StoreEvent, ...]], None]
 
@@ -117,7 +132,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueLimits:
-    """How much may wait; enqueue refuses beyond."""
+    """How much may wait (claimed and running jobs not counted); enqueue refuses beyond."""
 
     queued_max: int = 100_000
     queued_per_account_max: int = 10_000
@@ -129,9 +144,13 @@ class NewJob:
 
     job: Job
     meta: bytes = b"{}"
-    """Immutable JSON, opaque to the store: what adapters and front doors need again (client ids, endpoint, labels, webhook)."""
+    """Immutable JSON, opaque to the store: what adapters and front doors need again (client ids, endpoint,
+    labels, webhook).
+    """
     body: bytes | None = None
-    """What is sent to the engine, durable with the job; None for held jobs, whose body dies with the connection."""
+    """What is sent to the engine, durable with the job; None for held jobs, whose body dies with the
+    connection.
+    """
     digest: str = ""
     """Digest of the content: tells EXISTS from CONFLICT."""
     client_job_id: str | None = None
@@ -148,6 +167,10 @@ class ClaimCandidate:
     engine: EngineUrl
     charge_seconds: Seconds
     """GPU-seconds; the store divides by the account's weight."""
+    despite_avoid: bool = False
+    """Take it although it avoids this gpu: no other is eligible. The store cannot know that; who decides
+    does.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +226,9 @@ class RegisterReply:
     claims: tuple[tuple[JobId, Token], ...] = ()
     """Unstarted claims of an earlier boot: to be released."""
     started: tuple[tuple[JobId, Token, GpuId], ...] = ()
-    """Started attempts of an earlier boot: to be looked for in their engines, then resumed, finished or failed."""
+    """Started attempts of an earlier boot: to be looked for in their engines, then resumed, finished or
+    failed.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,7 +297,9 @@ class Retention:
 
 
 class Store(Protocol):
-    """The verbs. All may raise StoreError when the store itself fails; a refusal is a reply, not an exception."""
+    """The verbs. All may raise StoreError when the store itself fails; a refusal is a reply, not an
+    exception.
+    """
 
     async def open(self) -> None:
         """Open, migrate to the current format, and load what the store keeps in memory.
@@ -298,15 +325,15 @@ class Store(Protocol):
     async def enqueue(self, new: NewJob, limits: QueueLimits) -> Reply:
         """Make a job durable and waiting. OK | EXISTS | CONFLICT | FULL | ACCOUNT_FULL.
 
-        EXISTS and CONFLICT look at the job's id, then (account, service, client_job_id), then (account, idempotency_key),
-        ended jobs included; `job` and `state` of the reply are those of the existing one.
+        EXISTS and CONFLICT look at the job's id, then (account, service, client_job_id), then (account,
+        idempotency_key), ended jobs included; `job` and `state` of the reply are those of the existing one.
         """
         ...
 
     async def cancel(self, job: JobId, failure: Failure | None = None) -> Reply:
         """End a waiting or merely claimed job now (CANCELLED); ask for the end of a running one (CANCELLING).
 
-        ENDED | UNKNOWN otherwise. `failure` says why when it was not the user (`client_gone`).
+        ENDED | UNKNOWN otherwise; CANCELLED again when it ended so while it waited. `failure` says why when it was not the user (`client_gone`).
         """
         ...
 
@@ -317,7 +344,11 @@ class Store(Protocol):
     # -- one attempt
 
     async def claim(self, request: ClaimRequest) -> Reply:
-        """Give the gpu the first candidate that can be had. OK (job, token) | LOST | BUSY | DRAINING | HOLD | STALE."""
+        """Give the gpu the first candidate that can be had.
+
+        OK (job, token) | LOST | BUSY | DRAINING | HOLD | STALE (another boot, or not a gpu this node registered).
+        Of `lowest_f` the band of the claimed job counts.
+        """
         ...
 
     async def start(self, job: JobId, token: Token) -> Reply:
@@ -338,26 +369,51 @@ class Store(Protocol):
         used_seconds: Seconds,
         result: bytes | None,
     ) -> Reply:
-        """End a started attempt, and the job with it, as `state` (`cancelled` if a cancel is wanted, whatever `state`).
+        """End a started attempt, and the job with it, as `state` (`cancelled` if a cancel is wanted,
+        whatever `state`).
 
-        Corrects F from what was charged to `used_seconds`. OK (the recorded state) | STALE | UNKNOWN. An expired but unrescued
-        lease does not matter. A *late finish* (the job waits again, or its next attempt is only claimed) ends the job if the
-        outcome is success and is STALE otherwise.
+        Corrects F from what was charged to `used_seconds`. OK (the recorded state) | STALE | UNKNOWN. An
+        expired but unrescued lease does not matter. A *late finish* (the job waits again, or its next
+        attempt is only claimed; the token is that of an attempt it made) ends the job if the outcome is success
+        and is STALE otherwise. `cancelled` that nobody wanted is recorded as failed; a job that ends otherwise
+        than its engine said keeps no result.
         """
         ...
 
-    async def fail(self, job: JobId, token: Token, failure: Failure, again: Again, *, used_seconds: Seconds) -> Reply:
-        """End a started attempt and let the job wait for another. OK | STALE | UNKNOWN; ends it `cancelled` if that is wanted."""
+    async def fail(
+        self, job: JobId, token: Token, failure: Failure, again: Again, *, used_seconds: Seconds
+    ) -> Reply:
+        """End a started attempt and let the job wait for another. OK | STALE | UNKNOWN; ends it `cancelled`
+        if that is wanted.
+        """
         ...
 
-    async def resume(self, node: NodeId, boot: int, gpu: GpuId, job: JobId, token: Token, claim: ClaimId, lease_seconds: Seconds) -> Reply:
-        """Go on with an attempt under a new token. OK | GONE | BUSY | UNKNOWN | STALE (boot). The same claim id: the same reply."""
+    async def resume(
+        self,
+        node: NodeId,
+        boot: int,
+        gpu: GpuId,
+        job: JobId,
+        token: Token,
+        claim: ClaimId,
+        lease_seconds: Seconds,
+    ) -> Reply:
+        """Go on with a started attempt under a new token. OK | GONE | BUSY | UNKNOWN | STALE (boot).
+
+        While the job is running under `token`, its lease valid or over; or once it was rescued and waits, if the
+        gpu's slot is empty (BUSY otherwise). The same claim id: the same reply.
+        """
         ...
 
     # -- leases and nodes
 
-    async def register(self, node: NodeId, boot: int, gpus: tuple[tuple[GpuId, str], ...], name: str) -> RegisterReply:
-        """Make this boot of a node current, with its gpus and their UUIDs. OK | TAKEN | STALE (an older boot)."""
+    async def register(
+        self, node: NodeId, boot: int, gpus: tuple[tuple[GpuId, str], ...], name: str
+    ) -> RegisterReply:
+        """Make this boot of a node current, with its gpus and their UUIDs.
+
+        OK | TAKEN (another node that is seen has one of them) | STALE (an older boot).
+        """
         ...
 
     async def leave(self, node: NodeId, boot: int) -> Reply:
@@ -365,13 +421,20 @@ class Store(Protocol):
         ...
 
     async def beat(
-        self, node: NodeId, boot: int, seen_seconds: Seconds, lease_seconds: Seconds, leases: tuple[tuple[JobId, Token], ...]
+        self,
+        node: NodeId,
+        boot: int,
+        seen_seconds: Seconds,
+        lease_seconds: Seconds,
+        leases: tuple[tuple[JobId, Token], ...],
     ) -> BeatReply:
         """Say that the node lives and renew its leases. Appends no event."""
         ...
 
     async def expire(self, job: JobId, token: Token) -> Reply:
-        """Mark an attempt whose lease is over as suspect; give a claim that was not started back. OK | NOT_DUE | STALE."""
+        """Mark an attempt whose lease is over as suspect; give a claim that was not started back. OK |
+        NOT_DUE | STALE.
+        """
         ...
 
     async def rescue(self, job: JobId, token: Token, grace_seconds: Seconds) -> Reply:
@@ -392,7 +455,9 @@ class Store(Protocol):
 
     async def job(self, job: JobId) -> JobRecord | None: ...
 
-    async def job_of_client(self, account: Account, service: Service, client_job_id: str) -> JobRecord | None: ...
+    async def job_of_client(
+        self, account: Account, service: Service, client_job_id: str
+    ) -> JobRecord | None: ...
 
     async def jobs(self, query: JobQuery) -> tuple[JobRecord, ...]: ...
 

@@ -1,0 +1,25 @@
+"""The stores under one contract: each test of this folder that asks for `ground` runs once per kind."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gpulane.store.memory import MemoryStore
+from tests.contract.store.ground import Clock, Ground
+
+KINDS = ("memory",)
+
+
+def make_ground(kind: str, folder: Path) -> Ground:
+    clock = Clock()
+    assert kind == "memory"
+    return Ground(store=MemoryStore(clock), clock=clock)
+
+
+@pytest.fixture(params=KINDS)
+async def ground(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Ground]:
+    made = make_ground(str(request.param), tmp_path)
+    await made.open()
+    yield made
+    await made.store.close()
