@@ -22,6 +22,7 @@ from gpulane.core.model import (
     ModelKey,
     NodeId,
     Seconds,
+    Service,
     Token,
 )
 
@@ -245,6 +246,8 @@ class LoadMeasured:
     gpu: GpuId
     model: ModelKey
     seconds: Seconds
+    service: Service | None = None
+    """Of which service: lets models that were never measured fall back on their likes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,93 @@
+"""Which gpu and engine a job goes to (rule 5), and what its start costs there. Reads facts, changes none.
+
+Warm: the fastest idle gpu that holds the model. Cold: an empty gpu; else one whose models are also idle
+elsewhere; else the one least recently used, where a gpu last used by the same service counts as older (its
+card changes no hands).
+"""
+
+from __future__ import annotations
+
+from gpulane.core.book import Book
+from gpulane.core.gpus import GpuFacts
+from gpulane.core.model import NO_MODEL, Charge, EngineUrl, Job, ModelKey, Seconds, Service
+from gpulane.core.policy import Policy
+from gpulane.core.queues import WaitingClass
+
+Resident = tuple[Service, ModelKey]
+
+
+class FreeGpus:
+    """The gpus a job may still be given to, and what they hold."""
+
+    def __init__(self, gpus: list[GpuFacts]) -> None:
+        self.gpus = {facts.gpu.id: facts for facts in gpus}
+        self.holders: dict[Resident, list[GpuFacts]] = {}
+        for facts in gpus:
+            for resident in residents(facts):
+                self.holders.setdefault(resident, []).append(facts)
+
+    def remove(self, facts: GpuFacts) -> None:
+        del self.gpus[facts.gpu.id]
+        for resident in residents(facts):
+            self.holders[resident].remove(facts)
+
+    def warm_for(self, group: WaitingClass) -> list[GpuFacts]:
+        """Returns the free gpus on which a job of the class starts without a load."""
+        holding = self.holders.get((group.key.service, group.key.model))
+        if not holding:
+            return []
+        return [facts for facts in holding if warm_engine(group, facts) is not None]
+
+    def cold_for(self, group: WaitingClass) -> list[GpuFacts]:
+        return [facts for gpu, facts in self.gpus.items() if gpu in group.eligible]
+
+
+def residents(facts: GpuFacts) -> list[Resident]:
+    """Returns what would be warm on the gpu. Without a model, a job is warm where its engine was used
+    last.
+    """
+    found = {(e.engine.service, e.resident): None for e in facts.engines.values() if e.resident != NO_MODEL}
+    if facts.last_service is not None:
+        found[facts.last_service, NO_MODEL] = None
+    return list(found)
+
+
+def warm_engine(group: WaitingClass, facts: GpuFacts) -> EngineUrl | None:
+    engines = group.eligible.get(facts.gpu.id, ())
+    return next((url for url in engines if facts.holds(url, group.key.model)), None)
+
+
+def fastest(gpus: list[GpuFacts]) -> GpuFacts:
+    return min(gpus, key=lambda facts: (-facts.gpu.speed, facts.gpu.id))
+
+
+def victim(gpus: list[GpuFacts], free: FreeGpus, group: WaitingClass, policy: Policy) -> GpuFacts:
+    """Returns the gpu that loses its model."""
+
+    def rank(facts: GpuFacts) -> tuple[bool, bool, Seconds, str]:
+        models = [resident for resident in residents(facts) if resident[1] != NO_MODEL]
+        unique = any(len(free.holders[resident]) < 2 for resident in models)
+        same = facts.last_service is group.key.service
+        older = policy.handoff_age_factor * policy.handoff_seconds if same else 0.0
+        return (not facts.is_empty, unique, facts.idle_since - older, facts.gpu.id)
+
+    return min(gpus, key=rank)
+
+
+def charge(
+    book: Book, policy: Policy, job: Job, group: WaitingClass, facts: GpuFacts
+) -> tuple[EngineUrl, Charge]:
+    """Returns the engine a job would go to on this gpu, and what its start costs."""
+    service = book.service_seconds(job, facts.gpu.id)
+    warm = warm_engine(group, facts)
+    if warm is not None:
+        return warm, Charge(service_seconds=service, load_seconds=0.0)
+    engine = group.eligible[facts.gpu.id][0]
+    return engine, Charge(service_seconds=service, load_seconds=load(book, policy, group, facts))
+
+
+def load(book: Book, policy: Policy, group: WaitingClass, facts: GpuFacts) -> Seconds:
+    """Returns c: the load time of the class's model on the gpu, hand-off included."""
+    if group.key.model == NO_MODEL:
+        return policy.handoff_seconds if facts.last_engine is not None else 0.0
+    return book.load_seconds(facts.gpu.id, group.key.model, group.key.service)
