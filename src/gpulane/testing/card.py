@@ -1,8 +1,8 @@
 """A simulated GPU card that several engine processes share by naming the same file.
 
-The card never blocks a second job: it writes down both intervals, counts the memory both need and raises `OutOfMemory`
-when that is more than it has. Its log is what `judge.py` reads, so every line is one append of one whole line, and a
-line is never changed afterwards.
+The card never blocks a second job: it writes down both intervals, counts the memory both need and raises
+`OutOfMemory` when that is more than it has. Its log is what `judge.py` reads, so every line is one append of
+one whole line, and a line is never changed afterwards.
 """
 
 import asyncio
@@ -95,7 +95,7 @@ def default_load_seconds(model: str) -> float:
 
 
 class Card:
-    """One simulated card; `file` shares it with other processes, without one it lives in this process only."""
+    """One simulated card; `file` shares it with other processes, without one it is this process's own."""
 
     def __init__(
         self,
@@ -302,7 +302,7 @@ class CardUse:
 
     @contextlib.contextmanager
     def interval(self, kind: IntervalKind, job_id: str, model: str | None) -> Iterator["OpenInterval"]:
-        """An interval round some work. A killed process logs no end, so neither does a cancelled task or a `Died`."""
+        """An interval round some work. Who is killed logs no end: neither a cancelled task, nor a `Died`."""
         opened = OpenInterval()
         interval = self.begin(kind, job_id, model)
         try:

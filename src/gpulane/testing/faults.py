@@ -1,7 +1,7 @@
 """The switches that make a simulated engine misbehave, and what each does to HTTP answers.
 
-They are set when the engine is made or by `POST /sim/faults` on the engine itself, and read by `GET /sim/state`. Both
-paths are the simulator's own: no real engine has them.
+They are set when the engine is made or by `POST /sim/faults` on the engine itself, and read by `GET
+/sim/state`. Both paths are the simulator's own: no real engine has them.
 """
 
 from collections.abc import Mapping
@@ -50,14 +50,14 @@ class Faults:
 
     def set(self, changes: Mapping[str, Json]) -> None:
         """Set switches from JSON; ValueError names what is wrong."""
-        known = {f.name: type(getattr(self, f.name)) for f in fields(self)}
+        known: dict[str, type[bool | int | float | str]] = {
+            f.name: type(getattr(self, f.name)) for f in fields(self)
+        }
         for name, value in changes.items():
             if name in ACTIONS:
                 continue
             if name not in known:
-                raise ValueError(
-                    f"no such fault: {name!r}; there are {sorted(known | dict.fromkeys(ACTIONS))}"
-                )
+                raise ValueError(f"no such fault: {name!r}; there are {sorted({*known, *ACTIONS})}")
             if name == "unload" and value not in ("ok", "late", "lies", "hangs"):
                 raise ValueError(f"unload must be ok, late, lies or hangs, not {value!r}")
             if isinstance(value, bool) and known[name] is not bool:

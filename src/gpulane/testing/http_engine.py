@@ -1,6 +1,8 @@
-"""A tiny engine like an LLM server: chat completions (also streamed), Ollama's generate, and a list of models.
+"""A tiny engine like an LLM server: chat completions (also streamed), Ollama's generate, and a list of
+models.
 
-It stands for any `http` service: it computes on the card and has no queue of its own, so two requests at once overlap.
+It stands for any `http` service: it computes on the card and has no queue of its own, so two requests at once
+overlap.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 """Reads the logs of simulated cards and says whether two jobs ever ran on one of them at once.
 
-It knows nothing but the log's lines: it imports nothing of this project, so that no mistake of the gateway can hide in
-it. Run as `python -m gpulane.testing.judge FILE...`; it ends with 1 when it found an overlap or a line it cannot read.
+It knows nothing but the log's lines: it imports nothing of this project, so that no mistake of the gateway
+can hide in it. Run as `python -m gpulane.testing.judge FILE...`; it ends with 1 when it found an overlap or a
+line it cannot read.
 """
 
 import argparse
@@ -119,12 +120,12 @@ def judge_logs(logs: Mapping[str, Iterable[str]]) -> Verdict:
 
 
 def _read_card(card: str, lines: Iterable[str], verdict: Verdict) -> list[Interval]:
-    """Pair begin and end lines by the interval's id; an engine's fall or next start ends what it left open."""
+    """Pair begin and end lines by the interval's id; an engine's fall or next start ends what it left."""
     intervals: list[Interval] = []
-    open_begins: dict[str, Any] = {}
+    open_begins: dict[str, dict[str, Any]] = {}
     last = 0.0
 
-    def close(begin: Any, end: float, outcome: str) -> Interval:
+    def close(begin: dict[str, Any], end: float, outcome: str) -> Interval:
         interval = Interval(
             id=begin["interval"],
             kind=begin["kind"],

@@ -1,6 +1,7 @@
 """Real PNG files that show which prompt, seed and GPU made them, with the text chunks that the engines embed.
 
-Pillow draws the text when it is installed (extra `demo`); without it the picture is one flat color from the seed.
+Pillow draws the text when it is installed (extra `demo`); without it the picture is one flat color from the
+seed.
 """
 
 import struct
@@ -85,7 +86,9 @@ def preview_jpeg(side: int = 64) -> tuple[bytes, str]:
     from PIL import Image
 
     out = BytesIO()
-    Image.linear_gradient("L").resize((side, side)).convert("RGB").save(out, "JPEG", quality=95)
+    gradient = Image.linear_gradient("L")
+    gradient.thumbnail((side, side))
+    gradient.convert("RGB").save(out, "JPEG", quality=95)
     return out.getvalue(), "image/jpeg"
 
 

@@ -1,7 +1,8 @@
-"""One simulated engine as a process of its own: `python -m gpulane.testing.process comfyui --port P --gpu FILE`.
+"""One simulated engine as a process of its own: `python -m gpulane.testing.process comfyui --port P --gpu
+FILE`.
 
-Engines that name the same file share a simulated card. The line `sim-engine ready URL` says when it takes requests;
-SIGTERM and Ctrl-C end it in order.
+Engines that name the same file share a simulated card. The line `sim-engine ready URL` says when it takes
+requests; SIGTERM and Ctrl-C end it in order.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def run_engine(
     previews: bool = False,
     plain_pictures: bool = False,
 ) -> None:
-    """Serve one engine until SIGTERM or SIGINT; ValueError for a kind that there is not, OSError for a busy port."""
+    """Serve one engine until SIGTERM or SIGINT; ValueError for an unknown kind, OSError for a busy port."""
     options = CardOptions(
         vram_gib=vram_gib,
         speed=speed,

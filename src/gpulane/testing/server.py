@@ -1,7 +1,7 @@
 """What all simulated engines have in common: a listener that can die and come back, and the `/sim` paths.
 
-An engine's life is what a process would be: `start` begins one, `crash` ends it with every connection cut and every
-task of it cancelled, `restart` does both. The port stays the same.
+An engine's life is what a process would be: `start` begins one, `crash` ends it with every connection cut and
+every task of it cancelled, `restart` does both. The port stays the same.
 """
 
 import asyncio

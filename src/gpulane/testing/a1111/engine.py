@@ -1,7 +1,8 @@
-"""A simulated AUTOMATIC1111 webui 1.10.1, or Forge: a real HTTP server with the one lock and the traps of the original.
+"""A simulated AUTOMATIC1111 webui 1.10.1, or Forge: a real HTTP server with the one lock and the traps of the
+original.
 
-It is held to `../shared/recordings` by the contract tests and shares no code with the gateway. The Gradio queue
-(`/queue/join`) is not here: its page needs the real webui.
+It is held to `../shared/recordings` by the contract tests and shares no code with the gateway. The Gradio
+queue (`/queue/join`) is not here: its page needs the real webui.
 """
 
 import asyncio
@@ -62,6 +63,17 @@ LOCKED_OPTIONS: Final = (
 )
 """Options beside the checkpoint whose change waits for the lock."""
 
+WORDED_ERRORS: Final = (
+    HttpError,
+    OutOfMemory,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    AssertionError,
+    TypeError,
+)
+"""What the middleware of the original turns into its error shape."""
+
 PAGE: Final = (
     "<!doctype html><html><head><title>Stable Diffusion</title></head><body>Simulated webui</body></html>"
 )
@@ -85,7 +97,7 @@ class SimA1111:
         faults: Faults | None = None,
         exits_on_crash: bool = False,
     ) -> None:
-        """`strict_unload`: to generate after unload-checkpoint without reload-checkpoint is an error, as on CUDA."""
+        """`strict_unload`: generating between unload-checkpoint and reload-checkpoint fails, as on CUDA."""
         self.card = card or Card()
         self.server = SimServer(
             self, port=port, faults=faults, max_body_bytes=MAX_BODY_BYTES, exits_on_crash=exits_on_crash
@@ -208,7 +220,7 @@ class SimA1111:
             ("GET", "/schedulers", answer(schedulers)),
             ("GET", "/upscalers", answer(upscalers)),
             ("GET", "/latent-upscale-modes", answer(lambda: [{"name": n} for n in LATENT_UPSCALE_MODES])),
-            ("GET", "/sd-models", answer(lambda: self.checkpoints.as_list())),
+            ("GET", "/sd-models", answer(self._models)),
             ("GET", vae, answer(list)),
             ("GET", "/hypernetworks", answer(list)),
             ("GET", "/face-restorers", answer(_face_restorers)),
@@ -313,8 +325,9 @@ class SimA1111:
         self.tasks.add(task_id, time.monotonic())
         await self._turn_to_zombie()
         async with self._lock:
-            for image in values.get("init_images") or []:
-                decode_image(image)  # a bad one leaves the task pending for ever, as in the original
+            sources: list[str] = values.get("init_images") or []
+            for source in sources:
+                decode_image(source)  # a bad one leaves the task pending for ever, as in the original
             job.trouble = self._trouble()
             self.state.begin(f"scripts_{kind}")
             try:
@@ -527,13 +540,16 @@ class SimA1111:
     # -- facts
 
     def _cmd_flags(self) -> Json:
-        mine = {
+        mine: dict[str, Json] = {
             "port": str(self.server.port),
             "nowebui": self._nowebui,
             "skip_load_model_at_start": self._skip_load,
             "use_cpu": [],
         }
         return recorded()["cmd_flags"] | mine
+
+    def _models(self) -> Json:
+        return self.checkpoints.as_list()
 
     def _memory(self) -> Json:
         total, used = self.card.bytes_total, self.card.bytes_used()
@@ -559,9 +575,9 @@ def _new_task_id(kind: str) -> str:
 
 
 def _check_scripts(values: dict[str, Json], kind: str) -> None:
-    names = [values.get("script_name"), *(values.get("alwayson_scripts") or {})]
+    names: list[str | None] = [values.get("script_name"), *(values.get("alwayson_scripts") or ())]
     for name in names:
-        if name and str(name).lower() not in SCRIPTS[kind]:
+        if name and name.lower() not in SCRIPTS[kind]:
             raise HttpError(422, f"Script '{name}' not found")
 
 

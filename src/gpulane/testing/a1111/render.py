@@ -105,7 +105,7 @@ async def render(
             "Kernel size: (3 x 3). Kernel size can't be greater than actual input size"
         )
     with card.interval("compute", job.task_id, wanted) as interval:
-        # The same file again is not even looked at, wherever its weights are (sd_models.py: reload_model_weights).
+        # The same file again is not looked at, wherever its weights are (sd_models.py: reload_model_weights).
         if checkpoints.loaded != wanted or not job.is_strict_about_unload:
             await checkpoints.load(wanted, card, job.task_id)
         if not checkpoints.is_on_gpu:

@@ -1,7 +1,7 @@
 """The two tables from which a webui answers who runs, who waits and how far it is, with their known mistakes.
 
-A task that fails while it runs stays active until another starts; one that fails before it starts stays pending for
-ever: the original's clean-up is not in its `finally`.
+A task that fails while it runs stays active until another starts; one that fails before it starts stays
+pending for ever: the original's clean-up is not in its `finally`.
 """
 
 import time

@@ -105,7 +105,7 @@ class Invalid(Exception):
 
 @lru_cache(maxsize=1)
 def recorded() -> dict[str, Json]:
-    return json.loads(files(__package__).joinpath("data.json").read_text())
+    return json.loads(files("gpulane.testing.a1111").joinpath("data.json").read_text())
 
 
 def samplers() -> list[Json]:
@@ -183,6 +183,7 @@ def with_defaults(body: Mapping[str, Json], fields: Mapping[str, Json]) -> dict[
 
 
 def _converted(kind: str, value: Json) -> tuple[Json, tuple[str, str] | None]:
+    is_list, is_dict = isinstance(value, list), isinstance(value, dict)
     try:
         match kind:
             case "integer":
@@ -191,13 +192,13 @@ def _converted(kind: str, value: Json) -> tuple[Json, tuple[str, str] | None]:
                 return float(value), None
             case "boolean" if not isinstance(value, bool):
                 return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()], None
-            case "string" if isinstance(value, dict | list):
+            case "string" if is_list or is_dict:
                 return value, ("str type expected", "type_error.str")
             case "string":
                 return str(value), None
-            case "array" if not isinstance(value, list):
+            case "array" if not is_list:
                 return value, ("value is not a valid list", "type_error.list")
-            case "object" if not isinstance(value, dict):
+            case "object" if not is_dict:
                 return value, ("value is not a valid dict", "type_error.dict")
             case _:
                 return value, None

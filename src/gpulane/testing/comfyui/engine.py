@@ -119,7 +119,7 @@ class SimComfyUI:
             faults=self.faults,
             previews=self._previews,
             plain_pictures=self._plain_pictures,
-            crash=lambda: self.server.crash_soon(),
+            crash=self.server.crash_soon,
             later=lambda work: self.server.spawn(work, name="unload later"),
         )
         self.server.spawn(self.hub.publish(), name="publish")
@@ -276,7 +276,7 @@ class SimComfyUI:
         number = self._number_of(body)
         if "prompt" not in body:
             return _refused("no_prompt", "No prompt provided", "No prompt provided")
-        prompt = body["prompt"]
+        prompt: dict[str, Json] = body["prompt"]
         prompt_id = self._id_of(body)
         if prompt_id is None:
             details = (
@@ -284,10 +284,9 @@ class SimComfyUI:
                 "omit it to let the server generate one"
             )
             return _refused("invalid_prompt_id", "prompt_id must be a valid UUID", details)
-        if self.version == MODERN_VERSION or not isinstance(prompt, list):
-            prompt.items()  # a list is an AttributeError here, and so a 500
-        else:
+        if body["prompt"] == [] and self.version == CLASSIC_VERSION:
             prompt = {}
+        prompt.items()  # a list is an AttributeError here, and so a 500
         validated = validate_prompt(
             prompt,
             self.nodes,
@@ -342,7 +341,7 @@ class SimComfyUI:
         if body.get("clear"):
             self.queue.heap.clear()
             self._send_status()
-        for prompt_id in body.get("delete", []):
+        for prompt_id in _ids(body):
             if self.queue.delete(prompt_id):
                 self._send_status()
         return web.Response()
@@ -358,7 +357,7 @@ class SimComfyUI:
         body: Json = await request.json()
         if body.get("clear"):
             self.queue.history.clear()
-        for prompt_id in body.get("delete", []):
+        for prompt_id in _ids(body):
             self.queue.history.pop(prompt_id, None)
         return web.Response()
 
@@ -414,9 +413,11 @@ class SimComfyUI:
         return web.json_response({"cancelled": any(cancelled)})
 
     async def _get_assets(self, _request: web.Request) -> web.Response:
-        error = {
+        error: Json = {
             "code": "SERVICE_DISABLED",
-            "message": "Assets system is disabled. Start the server with --enable-assets to use this feature.",
+            "message": (
+                "Assets system is disabled. Start the server with --enable-assets to use this feature."
+            ),
             "details": {},
         }
         return web.json_response({"error": error}, status=503)
@@ -484,5 +485,9 @@ class SimComfyUI:
 
 
 def _refused(kind: str, message: str, details: str) -> web.Response:
-    error = {"type": kind, "message": message, "details": details, "extra_info": {}}
+    error: Json = {"type": kind, "message": message, "details": details, "extra_info": {}}
     return web.json_response({"error": error, "node_errors": {}}, status=400)
+
+
+def _ids(body: Json) -> list[str]:
+    return body.get("delete", ())

@@ -24,8 +24,8 @@ class Folders:
     """One engine's files; without a base folder they lie in a temporary one that goes with the engine."""
 
     def __init__(self, base: Path | None, *, seed: int) -> None:
-        self._own = tempfile.mkdtemp(prefix="sim-comfyui-") if base is None else None
-        self.base = Path(self._own) if base is None or self._own else base
+        self._is_own = base is None
+        self.base = base or Path(tempfile.mkdtemp(prefix="sim-comfyui-"))
         self._random = random.Random(seed)
         self._next: dict[Path, int] = {}
         self._temp_suffixes: dict[str, str] = {}
@@ -33,8 +33,8 @@ class Folders:
             self.folder(kind).mkdir(parents=True, exist_ok=True)
 
     def close(self) -> None:
-        if self._own:
-            shutil.rmtree(self._own, ignore_errors=True)
+        if self._is_own:
+            shutil.rmtree(self.base, ignore_errors=True)
 
     def begin_life(self) -> None:
         """Temp is emptied when a server starts; output and input stay."""

@@ -10,10 +10,7 @@ from gpulane.testing.comfyui.nodes import NodeTable
 
 def is_link(value: Json) -> bool:
     """Whether an input's value is [node id, output number]."""
-    if not isinstance(value, list):
-        return False
-    link: list[Json] = value
-    return len(link) == 2 and isinstance(link[0], str)
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)  # pyright: ignore[reportUnknownArgumentType]
 
 
 class ExecutionList:

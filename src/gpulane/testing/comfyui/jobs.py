@@ -110,7 +110,7 @@ def _outputs_summary(outputs: dict[str, Json]) -> tuple[int, Json | None]:
                 count += 1
                 if not isinstance(file, dict):
                     continue
-                shown: Json = {**file, "nodeId": node_id, "mediaType": media}
+                shown: dict[str, Json] = dict(file, nodeId=node_id, mediaType=media)  # pyright: ignore[reportUnknownArgumentType]
                 if shown["type"] == "temp":
                     temporary = temporary or shown
                 else:

@@ -30,63 +30,48 @@ _LIST_INPUTS: Final = {
 }
 """Inputs whose choices are the files of a model folder."""
 
-MODEL_FOLDERS: Final = {
-    CLASSIC_VERSION: [
-        "checkpoints",
-        "configs",
-        "loras",
-        "vae",
-        "text_encoders",
-        "diffusion_models",
-        "clip_vision",
-        "style_models",
-        "embeddings",
-        "diffusers",
-        "vae_approx",
-        "controlnet",
-        "gligen",
-        "upscale_models",
-        "custom_nodes",
-        "hypernetworks",
-        "photomaker",
-        "classifiers",
-        "model_patches",
-        "audio_encoders",
-    ],
-    MODERN_VERSION: [
-        "checkpoints",
-        "configs",
-        "loras",
-        "vae",
-        "text_encoders",
-        "diffusion_models",
-        "clip_vision",
-        "style_models",
-        "embeddings",
-        "diffusers",
-        "vae_approx",
-        "controlnet",
-        "gligen",
-        "upscale_models",
-        "latent_upscale_models",
-        "custom_nodes",
-        "hypernetworks",
-        "photomaker",
-        "classifiers",
-        "model_patches",
-        "audio_encoders",
-        "background_removal",
-        "frame_interpolation",
-        "geometry_estimation",
-        "optical_flow",
-        "detection",
-    ],
+_CLASSIC_FOLDERS: Final = (
+    "checkpoints",
+    "configs",
+    "loras",
+    "vae",
+    "text_encoders",
+    "diffusion_models",
+    "clip_vision",
+    "style_models",
+    "embeddings",
+    "diffusers",
+    "vae_approx",
+    "controlnet",
+    "gligen",
+    "upscale_models",
+)
+_LATER_FOLDERS: Final = (
+    "custom_nodes",
+    "hypernetworks",
+    "photomaker",
+    "classifiers",
+    "model_patches",
+    "audio_encoders",
+)
+_MODERN_FOLDERS: Final = (
+    "background_removal",
+    "frame_interpolation",
+    "geometry_estimation",
+    "optical_flow",
+    "detection",
+)
+
+MODEL_FOLDERS: Final[dict[str, list[str]]] = {
+    CLASSIC_VERSION: [*_CLASSIC_FOLDERS, *_LATER_FOLDERS],
+    MODERN_VERSION: [*_CLASSIC_FOLDERS, "latent_upscale_models", *_LATER_FOLDERS, *_MODERN_FOLDERS],
 }
+"""What GET /models answers."""
 
 
 @lru_cache(maxsize=1)
 def _recorded() -> dict[str, Json]:
-    return json.loads(files(__package__).joinpath("object_info.json").read_text())
+    return json.loads(files("gpulane.testing.comfyui").joinpath("object_info.json").read_text())
 
 
 class NodeTable:

@@ -1,6 +1,7 @@
 """ComfyUI's prompt queue and history, with the traps of the original left in.
 
-The heap compares whole items, so two with the same number and id end in comparing dicts: a TypeError here, as there.
+The heap compares whole items, so two with the same number and id end in comparing dicts: a TypeError here, as
+there.
 """
 
 import asyncio

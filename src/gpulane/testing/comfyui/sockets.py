@@ -1,6 +1,7 @@
 """The WebSockets of a simulated ComfyUI, with the real one's rules about client ids.
 
-One loop sends everything to everybody in turn, so a client that does not read stalls all others, as it really does.
+One loop sends everything to everybody in turn, so a client that does not read stalls all others, as it really
+does.
 """
 
 import asyncio
@@ -84,7 +85,7 @@ class SocketHub:
             self.send_bytes(struct.pack(">II", 1, 1 if mime == "image/jpeg" else 2) + image, client_id)
 
     def takes_metadata(self, client_id: str | None) -> bool:
-        """Whether this one client negotiated previews with metadata. Nobody's prompt is shown as type 1 to all."""
+        """Whether this client negotiated previews with metadata. A prompt of nobody is shown as type 1."""
         return client_id is not None and bool(self._flags.get(client_id, {}).get("supports_preview_metadata"))
 
     def _post(self, payload: str | bytes, client_id: str | None) -> None:
@@ -97,7 +98,7 @@ class SocketHub:
             await self._has_mail.wait()
             self._has_mail.clear()
             while self._outbox:
-                while self._faults.stall_ws:
+                while self._faults.stall_ws:  # noqa: ASYNC110 - a plain switch
                     await asyncio.sleep(STALL_POLL_SECONDS)
                 payload, client_id = self._outbox.popleft()
                 if self._faults.mute_ws:

@@ -1,7 +1,7 @@
 """Validates a prompt as ComfyUI's execution.py does, error shapes and quirks included.
 
-Like the original it converts values in place (the text "5" for an INT becomes 5), so the queue and the history show
-the converted prompt.
+Like the original it converts values in place (the text "5" for an INT becomes 5), so the queue and the
+history show the converted prompt.
 """
 
 from collections.abc import Callable, Collection
@@ -70,12 +70,16 @@ def _class_error(node_id: str, node: Json, nodes: NodeTable) -> Json | None:
             else "Cannot execute because a node is missing the class_type property."
         )
         return _error("invalid_prompt", text, details)
-    title = (node.get("_meta") or {}).get("title", class_type)
-    extra = {"node_id": node_id, "class_type": class_type, "node_title": title}
+    meta: dict[str, Json] = node.get("_meta") or {}
+    title: Json = meta.get("title", class_type)
+    extra: dict[str, Json] = {"node_id": node_id, "class_type": class_type, "node_title": title}
     text = (
         f"Node '{title}' not found. The custom node may not be installed."
         if "class_type" in node
-        else f"Node 'ID #{node_id}' has no class_type. The workflow may be corrupted or a custom node is missing."
+        else (
+            f"Node 'ID #{node_id}' has no class_type. "
+            "The workflow may be corrupted or a custom node is missing."
+        )
     )
     return _error("missing_node_type", text, details, extra)
 
@@ -166,10 +170,10 @@ class _Validation:
     def _input(self, node: Json, name: str, spec: Json) -> tuple[list[Json], bool]:
         """The errors of one input, and whether the nodes behind it are valid."""
         value = node["inputs"][name]
-        config = [spec[0], spec[1] if len(spec) > 1 else {}]
-        extra = {"input_name": name, "input_config": config, "received_value": value}
+        config: list[Json] = [spec[0], spec[1] if len(spec) > 1 else {}]
+        extra: dict[str, Json] = {"input_name": name, "input_config": config, "received_value": value}
         if isinstance(value, list):
-            return self._link(name, value, config, extra)
+            return self._link(name, value, config, extra)  # pyright: ignore[reportUnknownArgumentType]
         node["inputs"][name], error = _converted(name, value, config, extra)
         if error is None:
             error = self._out_of_range(node, name, config)
@@ -181,7 +185,7 @@ class _Validation:
             return [_error("bad_linked_input", text, name, extra)], True
         if link[0] not in self._prompt:
             text = "Exception when validating node"
-            why = {"exception_type": "KeyError", "traceback": []}
+            why: Json = {"exception_type": "KeyError", "traceback": []}
             return [_error("exception_during_validation", text, repr(link[0]), why)], True
         outputs = self._nodes.entry(self._prompt[link[0]]["class_type"])["output"]
         received = outputs[link[1]] if 0 <= link[1] < len(outputs) else "*"
@@ -217,7 +221,9 @@ class _Validation:
             details = f"image - Invalid image file: {value}"
             text = "Custom validation failed for node"
             return _error("custom_validation_failed", text, details, {"input_name": name})
-        choices = kind if isinstance(kind, list) else options.get("options") if kind == "COMBO" else None
+        choices: list[Json] | None = None if isinstance(kind, str) else kind
+        if kind == "COMBO":
+            choices = options.get("options")
         if choices is not None and value not in choices:
             is_long = len(choices) > LONG_LIST
             shown = f"(list of length {len(choices)})" if is_long else str(choices)

@@ -138,7 +138,8 @@ class PromptWorker:
             return
         self._send_status()
         extra_data = item[3]
-        client_id: str | None = extra_data["client_id"] if "client_id" in extra_data else None
+        # Not .get: what is null here is a TypeError, which kills the worker of old versions.
+        client_id: str | None = extra_data["client_id"] if "client_id" in extra_data else None  # noqa: SIM401
         run = Run(
             prompt_id=item[1],
             prompt=item[2],
@@ -323,7 +324,7 @@ class PromptWorker:
         return picture, None
 
     def _upstream(self, run: Run, node: Json) -> Flow:
-        """What comes in by the links; of two that say the same thing the first counts (so `positive` wins)."""
+        """What comes in by the links; of two that say the same the first counts (so `positive` wins)."""
         merged = Flow()
         for value in node["inputs"].values():
             if not is_link(value):
