@@ -92,6 +92,9 @@ class RawEngine:
             await self._script(peer)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
+        except asyncio.CancelledError:
+            # Only `stop` cancels; asyncio's streams would log it as an error.
+            pass
         except Exception as error:  # noqa: BLE001 - shown by the fixture's exit
             self.failures.append(error)
         finally:

@@ -33,7 +33,7 @@ _BROWSER_ORIGIN = frozenset(
 
 _FORWARDED = frozenset({"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"})
 
-_NEVER_TO_ENGINE = _HOP_BY_HOP | _BROWSER_ORIGIN | _FORWARDED | {"content-length", "expect", "host"}
+_NEVER_TO_ENGINE = _HOP_BY_HOP | _BROWSER_ORIGIN | {"content-length", "expect", "host"}
 """`Expect: 100-continue` has been answered by our server by the time a request is relayed."""
 _NEVER_TO_CLIENT = _HOP_BY_HOP | {"content-length"}
 
@@ -62,23 +62,34 @@ class HeaderRules:
 
     def for_engine(self, headers: Iterable[tuple[str, str]], forwarding: Forwarding) -> Headers:
         """Return the headers of a client's request as the engine is to get them."""
-        given = list(headers)
-        never = _NEVER_TO_ENGINE | self.dropped | _named_by_connection(given)
         kept = [("Host", self.engine_host)]
-        kept.extend([pair for pair in given if pair[0].lower() not in never])
-        kept.extend(_forwarded(given, forwarding))
+        connection = ""
+        before: dict[str, str] = {}
+        for name, value in headers:
+            lower = name.lower()
+            if lower == "connection":
+                connection += "," + value
+            elif lower in _FORWARDED:
+                before[lower] = f"{before[lower]}, {value}" if lower in before else value
+            elif lower not in _NEVER_TO_ENGINE and lower not in self.dropped:
+                kept.append((name, value))
+        kept = _without_named(kept, connection)
+        kept.extend(_forwarded(before if forwarding.is_trusted else {}, forwarding))
         return kept
 
     def for_client(self, headers: Iterable[tuple[str, str]]) -> Headers:
         """Return the headers of an engine's answer as the client is to get them."""
-        given = list(headers)
-        never = _NEVER_TO_CLIENT | _named_by_connection(given)
         kept: Headers = []
-        for name, value in given:
+        connection = ""
+        for name, value in headers:
             lower = name.lower()
-            if lower not in never:
-                kept.append((name, self._location(value) if lower == "location" else value))
-        return kept
+            if lower == "connection":
+                connection += "," + value
+            elif lower == "location":
+                kept.append((name, self._location(value)))
+            elif lower not in _NEVER_TO_CLIENT:
+                kept.append((name, value))
+        return _without_named(kept, connection)
 
     def _location(self, value: str) -> str:
         """Lead a redirect of the engine's back to us: it knows neither our address nor the prefix."""
@@ -89,29 +100,20 @@ class HeaderRules:
         return self.prefix + value if value.startswith("/") and not value.startswith("//") else value
 
 
-def connection_options(headers: Iterable[tuple[str, str]]) -> frozenset[str]:
-    """Return what all Connection headers name, in lower case."""
-    return frozenset(
-        option.strip().lower()
-        for name, value in headers
-        if name.lower() == "connection"
-        for option in value.split(",")
-    )
+def _without_named(headers: Headers, connection: str) -> Headers:
+    """Drop what the Connection headers name (but for Host, which is ours already)."""
+    if not connection:
+        return headers
+    options = {option.strip().lower() for option in connection.split(",")}
+    # The usual words name no header that is still here.
+    if options <= {"", "close", "keep-alive", "upgrade"}:
+        return headers
+    options.discard("host")
+    return [pair for pair in headers if pair[0].lower() not in options]
 
 
-def _named_by_connection(headers: Headers) -> frozenset[str]:
-    options = connection_options(headers)
-    # The usual one-word cases name no header; an empty set spares a union per request.
-    return options if options - {"close", "keep-alive", "upgrade"} else frozenset()
-
-
-def _forwarded(given: Headers, forwarding: Forwarding) -> Headers:
-    """Say who asked. What an untrusted peer claimed is forgotten, or anybody could be anybody."""
-    before: dict[str, str] = {}
-    if forwarding.is_trusted:
-        for name, value in given:
-            lower = name.lower()
-            before[lower] = f"{before[lower]}, {value}" if lower in before else value
+def _forwarded(before: dict[str, str], forwarding: Forwarding) -> Headers:
+    """Say who asked. What an untrusted peer claimed was forgotten, or anybody could be anybody."""
     chain = [part for part in (before.get("x-forwarded-for"), forwarding.address) if part]
     said = [("X-Forwarded-For", ", ".join(chain))] if chain else []
     said.append(("X-Forwarded-Proto", before.get("x-forwarded-proto") or forwarding.scheme))

@@ -11,7 +11,7 @@ from typing import Self
 from aiohttp import StreamReader, web
 
 from gpulane.errors import BadRequest, GpulaneError, TooLarge
-from gpulane.relay.client_watch import ClientGone, client_watched
+from gpulane.relay.client_watch import ClientGone, ClientWatch
 from gpulane.relay.headers import Forwarding, HeaderRules
 from gpulane.relay.raw_response import RawResponse
 from gpulane.wire import EngineClient, EngineResponse, Timeouts
@@ -37,7 +37,7 @@ async def relay_http(
     cuts the client's connection, and the response's `failure` says why.
     """
     try:
-        async with client_watched(request):
+        with ClientWatch(request):
             headers, body, length = await _take_body(
                 request, rewrite, body_bytes_max, is_proxy_trusted=is_proxy_trusted
             )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from aiohttp import HttpVersion11, web
 
-from gpulane.wire.head import HEADER_ENCODING, HEADER_ERRORS, header_lines
+from gpulane.wire.head import HEADER_ENCODING, HEADER_ERRORS
 
 _BODILESS_STATUSES = frozenset({101, 204, 304})
 _LENGTHLESS_STATUSES = frozenset({101, 204})
@@ -72,9 +72,10 @@ class RawResponse(web.StreamResponse):
         request = self._req
         assert request is not None
         is_http11 = request.version >= HttpVersion11
-        lines = header_lines(self._raw_headers)
-        if self._headers:
-            lines += header_lines(self._headers.items())
+        given = [*self._raw_headers, *self._headers.items()] if self._headers else self._raw_headers
+        lines = "".join([f"{name}: {value}\r\n" for name, value in given])
+        if lines.count("\n") != len(given) or lines.count("\r") != len(given) or "\0" in lines:
+            raise ValueError("line break or NUL in a header")
         if self._chunked:
             lines += "Transfer-Encoding: chunked\r\n"
         elif self._length is not None and self.status not in _LENGTHLESS_STATUSES:

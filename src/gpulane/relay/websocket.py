@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import web
 
 from gpulane.errors import Unavailable
-from gpulane.relay.client_watch import ClientGone, client_watched
+from gpulane.relay.client_watch import ClientGone, ClientWatch
 from gpulane.relay.headers import HeaderRules
 from gpulane.relay.http import CLIENT_GONE_STATUS, forwarding_of, send_answer
 from gpulane.relay.raw_response import RawResponse
@@ -83,7 +83,7 @@ async def tunnel(
     protocol_name = request.headers.get("Upgrade", "websocket")
     headers.append(("Upgrade", protocol_name))
     try:
-        async with client_watched(request):
+        with ClientWatch(request):
             upstream = await client.upgrade(target, headers, timeouts=HANDSHAKE_TIMEOUTS)
             if isinstance(upstream, EngineResponse):
                 async with upstream:

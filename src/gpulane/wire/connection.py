@@ -11,7 +11,7 @@ import asyncio
 import select
 import socket
 from collections.abc import AsyncIterable, AsyncIterator, Callable
-from contextlib import suppress
+from functools import lru_cache
 from typing import cast
 
 import httptools
@@ -381,26 +381,30 @@ def _read_head(status: int, reason: bytes, raw_headers: list[tuple[bytes, bytes]
     is_sound = True
     headers: list[tuple[str, str]] = []
     for raw_name, raw_value in raw_headers:
-        name = raw_name.decode("ascii", HEADER_ERRORS)
+        name, lower = _name(raw_name)
         # llhttp leaves spaces behind a value (RFC 9110 section 5.5).
         value = raw_value.decode(HEADER_ENCODING, HEADER_ERRORS).rstrip(" \t")
-        match name.lower():
-            case "content-length":
-                with suppress(ValueError):
-                    length = int(value)
-            case "transfer-encoding":
-                # Other codings would reach the client undecoded and unnamed, since the field is hop-by-hop.
-                is_sound = is_sound and not is_chunked and value.lower() == "chunked"
-                is_chunked = True
-            case _:
-                pass
         headers.append((name, value))
+        if lower == "content-length":
+            # llhttp has refused everything but one decimal number.
+            length = int(value)
+        elif lower == "transfer-encoding":
+            # Other codings would reach the client undecoded and unnamed, since the field is hop-by-hop.
+            is_sound = is_sound and not is_chunked and value.lower() == "chunked"
+            is_chunked = True
     text = reason.decode(HEADER_ENCODING, HEADER_ERRORS)
     return (
         Head(status=status, reason=text, headers=tuple(headers), length=length),
         is_chunked,
         is_sound and not (is_chunked and length is not None),
     )
+
+
+@lru_cache(maxsize=1024)
+def _name(raw: bytes) -> tuple[str, str]:
+    """Decode a header's name, once for the thirty that engines use; llhttp lets only tokens through."""
+    name = raw.decode("ascii", HEADER_ERRORS)
+    return name, name.lower()
 
 
 def _says_close(head: Head) -> bool:

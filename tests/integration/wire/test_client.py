@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -267,6 +268,64 @@ async def test_first_byte_and_idle_time_out_on_their_own() -> None:
     with pytest.raises(EngineTimeout) as caught:
         await fetch(stalls, timeouts=Timeouts(idle_seconds=0.05))
     assert caught.value.phase == "idle"
+
+
+async def test_an_engine_that_stops_reading_times_out_too() -> None:
+    stop = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await stop.wait()
+
+    async with raw_engine(script) as engine:
+        client = EngineClient(engine.url, timeouts=Timeouts(idle_seconds=0.2))
+        with pytest.raises(EngineTimeout) as caught:
+            await client.request("POST", "/", (), b"x" * 50_000_000)
+        assert caught.value.phase == "idle"
+        stop.set()
+        await client.close()
+
+
+async def test_no_connection_is_left_behind() -> None:
+    """Two hundred exchanges that end in every way leave no descriptor and no slot."""
+
+    async def script(peer: Peer) -> None:
+        while head := await peer.head():
+            if "/short" in head:
+                await peer.say(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc")
+                return
+            if "/junk" in head:
+                await peer.say(b"junk\r\n\r\n")
+                return
+            if "/mute" in head:
+                await peer.gone()
+                return
+            await peer.answer(b"ok")
+
+    async def one(client: EngineClient, index: int) -> None:
+        target = ("/ok", "/short", "/junk", "/mute", "/close")[index % 5]
+        try:
+            async with await client.request("GET", target) as response:
+                if target != "/close":
+                    await response.read(100)
+        except (EngineDisconnected, MalformedResponse, EngineTimeout):
+            assert target in {"/short", "/junk", "/mute"}
+
+    def descriptors() -> int:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    async with raw_engine(script) as engine:
+        first = EngineClient(engine.url)
+        await first.get_json("/ok")
+        await first.close()
+        before = descriptors()  # by now the event loop has opened its own
+        timeouts = Timeouts(first_byte_seconds=0.3, connect_seconds=10)
+        client = EngineClient(engine.url, connections_max=8, timeouts=timeouts)
+        await asyncio.gather(*(one(client, index) for index in range(200)))
+        # All slots are free again: as many at once as the pool allows.
+        responses = await asyncio.gather(*(client.request("GET", "/ok") for _ in range(8)))
+        assert [await response.read(100) for response in responses] == [b"ok"] * 8
+        await client.close()
+        await until(lambda: descriptors() <= before)
 
 
 async def test_a_slow_reader_makes_the_engine_wait() -> None:
