@@ -7,13 +7,13 @@ card changes no hands).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gpulane.core.book import Book
 from gpulane.core.gpus import GpuFacts
-from gpulane.core.model import NO_MODEL, Charge, EngineUrl, Job, ModelKey, Seconds, Service
+from gpulane.core.model import NO_MODEL, Charge, EngineUrl, Job, Seconds
 from gpulane.core.policy import Policy
-from gpulane.core.queues import WaitingClass
-
-Resident = tuple[Service, ModelKey]
+from gpulane.core.queues import WaitingClass, resident
 
 
 class FreeGpus:
@@ -21,19 +21,19 @@ class FreeGpus:
 
     def __init__(self, gpus: list[GpuFacts]) -> None:
         self.gpus = {facts.gpu.id: facts for facts in gpus}
-        self.holders: dict[Resident, list[GpuFacts]] = {}
+        self.holders: dict[str, list[GpuFacts]] = {}
         for facts in gpus:
-            for resident in residents(facts):
-                self.holders.setdefault(resident, []).append(facts)
+            for held in residents(facts):
+                self.holders.setdefault(held, []).append(facts)
 
     def remove(self, facts: GpuFacts) -> None:
         del self.gpus[facts.gpu.id]
-        for resident in residents(facts):
-            self.holders[resident].remove(facts)
+        for held in residents(facts):
+            self.holders[held].remove(facts)
 
     def warm_for(self, group: WaitingClass) -> list[GpuFacts]:
         """Returns the free gpus on which a job of the class starts without a load."""
-        holding = self.holders.get((group.key.service, group.key.model))
+        holding = self.holders.get(group.resident)
         if not holding:
             return []
         return [facts for facts in holding if warm_engine(group, facts) is not None]
@@ -42,14 +42,17 @@ class FreeGpus:
         return [facts for gpu, facts in self.gpus.items() if gpu in group.eligible]
 
 
-def residents(facts: GpuFacts) -> list[Resident]:
+def residents(facts: GpuFacts) -> list[str]:
     """Returns what would be warm on the gpu. Without a model, a job is warm where its engine was used
     last.
     """
-    found = {(e.engine.service, e.resident): None for e in facts.engines.values() if e.resident != NO_MODEL}
-    if facts.last_service is not None:
-        found[facts.last_service, NO_MODEL] = None
-    return list(found)
+    found = models(facts)
+    return found if facts.last_service is None else [*found, resident(facts.last_service, NO_MODEL)]
+
+
+def models(facts: GpuFacts) -> list[str]:
+    held = (e for e in facts.engines.values() if e.resident != NO_MODEL)
+    return list(dict.fromkeys(resident(e.engine.service, e.resident) for e in held))
 
 
 def warm_engine(group: WaitingClass, facts: GpuFacts) -> EngineUrl | None:
@@ -57,7 +60,7 @@ def warm_engine(group: WaitingClass, facts: GpuFacts) -> EngineUrl | None:
     return next((url for url in engines if facts.holds(url, group.key.model)), None)
 
 
-def fastest(gpus: list[GpuFacts]) -> GpuFacts:
+def fastest(gpus: Sequence[GpuFacts]) -> GpuFacts:
     return min(gpus, key=lambda facts: (-facts.gpu.speed, facts.gpu.id))
 
 
@@ -65,8 +68,7 @@ def victim(gpus: list[GpuFacts], free: FreeGpus, group: WaitingClass, policy: Po
     """Returns the gpu that loses its model."""
 
     def rank(facts: GpuFacts) -> tuple[bool, bool, Seconds, str]:
-        models = [resident for resident in residents(facts) if resident[1] != NO_MODEL]
-        unique = any(len(free.holders[resident]) < 2 for resident in models)
+        unique = any(len(free.holders[held]) < 2 for held in models(facts))
         same = facts.last_service is group.key.service
         older = policy.handoff_age_factor * policy.handoff_seconds if same else 0.0
         return (not facts.is_empty, unique, facts.idle_since - older, facts.gpu.id)

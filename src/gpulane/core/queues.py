@@ -33,6 +33,10 @@ class ClassKey(NamedTuple):
     avoid: frozenset[GpuId]
 
 
+def resident(service: Service, model: ModelKey) -> str:
+    return f"{service.value} {model}"
+
+
 @dataclass(slots=True, eq=False)
 class AccountQueue:
     """One account's jobs of one class, first to last."""
@@ -63,10 +67,13 @@ class WaitingClass:
     order: list[FairKey] = field(default_factory=list[FairKey])
     places: dict[Account, FairKey] = field(default_factory=dict[Account, FairKey])
     head: Head | None = None
+    resident: str = ""
+    """What must be resident for its jobs to be warm; a string, because its hash is kept."""
     members: int = 0
     """Jobs of this class, those that rest or are being claimed included."""
 
     def __post_init__(self) -> None:
+        self.resident = resident(self.key.service, self.key.model)
         self.choose_eligible()
 
     def choose_eligible(self) -> None:

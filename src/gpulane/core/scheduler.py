@@ -43,6 +43,15 @@ class Choice:
         return Candidate(job=self.job, engine=self.engine, charge=self.charge, rule=self.rule)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What holds throughout one call of `decide`."""
+
+    book: Book
+    policy: Policy
+    slack_cap_seconds: Seconds
+
+
 def decide(book: Book, policy: Policy, now: Seconds) -> list[Decision]:
     """Returns one StartAttempt per idle gpu that some waiting job may use, and when to ask again."""
     if book.paused or not book.waiting.entries:  # rule 0
@@ -53,6 +62,7 @@ def decide(book: Book, policy: Policy, now: Seconds) -> list[Decision]:
 
 
 def propose(book: Book, policy: Policy, idle: list[GpuFacts], now: Seconds) -> list[StartAttempt]:
+    terms = Terms(book=book, policy=policy, slack_cap_seconds=book.slack_cap_seconds(policy))
     free = FreeGpus(idle)
     orders: list[FairOrder] = []
     choices: list[Choice] = []
@@ -63,7 +73,7 @@ def propose(book: Book, policy: Policy, idle: list[GpuFacts], now: Seconds) -> l
         order = FairOrder(queue, woken, frozenset(facts.gpu.id for facts in idle))
         orders.append(order)
         while free.gpus:
-            choice = choose(book, policy, order, free)
+            choice = choose(terms, order, free)
             if choice is None:
                 break
             choices.append(choice)
@@ -75,62 +85,60 @@ def propose(book: Book, policy: Policy, idle: list[GpuFacts], now: Seconds) -> l
     return [
         StartAttempt(
             gpu=choice.facts.gpu.id,
-            candidates=(choice.candidate, *further(book, policy, orders, choice)),
+            candidates=(choice.candidate, *further(terms, orders, choice)),
             lowest_f=lowest,
         )
         for choice in choices
     ]
 
 
-def choose(book: Book, policy: Policy, order: FairOrder, free: FreeGpus) -> Choice | None:
+def choose(terms: Terms, order: FairOrder, free: FreeGpus) -> Choice | None:
     """Returns the next choice by rules 1 to 5, or None when no free gpu may run any job of the band."""
-    cap = book.slack_cap_seconds(policy)
     first: Head | None = None
     low = 0.0
     for head in order.heads:  # fair order
-        warm = free.warm_for(head[4])
+        warm = free.warm_for(head[4]) if head[4].resident in free.holders else ()
         if first is None:
             if not warm and not free.cold_for(head[4]):
                 continue  # all gpus that may run it have been given away
             if warm:
-                return chosen(book, policy, order, head, fastest(warm), "1")
+                return chosen(terms, order, head, fastest(warm), "1")
             first, low = head, head[0]
-        elif warm and head[0] <= low + slack(book, policy, head, warm[0], cap):  # rule 1
-            return chosen(book, policy, order, head, fastest(warm), "1")
-        elif head[0] > low + cap:
+        elif warm and head[0] <= low + slack(terms, head, warm[0]):  # rule 1
+            return chosen(terms, order, head, fastest(warm), "1")
+        elif head[0] > low + terms.slack_cap_seconds:
             break
     if first is None:
         return None  # rule 6
     # Rules 2a and 2b will hold back cold heads in the loop above; rules 3 and 4 will replace `first` here.
-    return chosen(book, policy, order, first, victim(free.cold_for(first[4]), free, first[4], policy), "2")
+    return chosen(terms, order, first, victim(free.cold_for(first[4]), free, first[4], terms.policy), "2")
 
 
-def slack(book: Book, policy: Policy, head: Head, facts: GpuFacts, cap: Seconds) -> Seconds:
+def slack(terms: Terms, head: Head, facts: GpuFacts) -> Seconds:
     """Returns how far ahead (GPU-seconds of F) an account may go because its model is loaded."""
     key = head[4].key
-    c = (
-        policy.handoff_seconds
-        if key.model == NO_MODEL
-        else book.load_seconds(facts.gpu.id, key.model, key.service)
-    )
-    return min(policy.slack_loads * c, cap)
+    if key.model == NO_MODEL:
+        c = terms.policy.handoff_seconds
+    else:
+        c = terms.book.load_seconds(facts.gpu.id, key.model, key.service)
+    return min(terms.policy.slack_loads * c, terms.slack_cap_seconds)
 
 
-def chosen(book: Book, policy: Policy, order: FairOrder, head: Head, facts: GpuFacts, rule: str) -> Choice:
-    job = book.waiting.entries[order.job_of(head)].job
-    engine, cost = charge(book, policy, job, head[4], facts)
+def chosen(terms: Terms, order: FairOrder, head: Head, facts: GpuFacts, rule: str) -> Choice:
+    job = terms.book.waiting.entries[order.job_of(head)].job
+    engine, cost = charge(terms.book, terms.policy, job, head[4], facts)
     return Choice(
         head=head, facts=facts, job=job.id, engine=engine, charge=cost, weight=job.weight, rule=rule
     )
 
 
-def further(book: Book, policy: Policy, orders: list[FairOrder], choice: Choice) -> list[Candidate]:
+def further(terms: Terms, orders: list[FairOrder], choice: Choice) -> list[Candidate]:
     """Returns what the gpu would be given if its choice, and each further one, turned out to be gone."""
     found: list[Candidate] = []
     for order in orders:
         alone, free = order.copy_for(choice.facts.gpu.id), FreeGpus([choice.facts])
-        while len(found) < policy.candidates_max - 1:
-            other = choose(book, policy, alone, free)
+        while len(found) < terms.policy.candidates_max - 1:
+            other = choose(terms, alone, free)
             if other is None:
                 break
             found.append(other.candidate)
