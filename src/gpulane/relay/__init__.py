@@ -5,6 +5,7 @@ It changes headers by `HeaderRules` and nothing else: no path is decoded, no bod
 
 from gpulane.relay.answer import AnswerGone, HeldAnswer
 from gpulane.relay.headers import Forwarding, HeaderRules
+from gpulane.relay.held import hold, send_held
 from gpulane.relay.http import relay_http
 from gpulane.relay.raw_response import RawResponse
 from gpulane.relay.websocket import Tunnels, tunnel
@@ -16,6 +17,8 @@ __all__ = [
     "HeldAnswer",
     "RawResponse",
     "Tunnels",
+    "hold",
     "relay_http",
+    "send_held",
     "tunnel",
 ]

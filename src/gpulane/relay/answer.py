@@ -41,6 +41,7 @@ class HeldAnswer:
         self._waiters: set[asyncio.Future[None]] = set()
         self.status = 0
         """0 until the head is known."""
+        self.reason = ""
         self.headers: tuple[tuple[str, str], ...] = ()
         self.bytes_written = 0
         self.is_finished = False
@@ -59,11 +60,12 @@ class HeldAnswer:
 
     # --- the engine's side; nothing here waits
 
-    def begin(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
+    def begin(self, status: int, headers: Sequence[tuple[str, str]], *, reason: str = "") -> None:
         """Set the head."""
         if self.is_ended:
             return
         self.status = status
+        self.reason = reason
         self.headers = tuple(headers)
         self._wake()
 

@@ -83,18 +83,7 @@ def forwarding_of(request: web.Request, *, is_trusted: bool) -> Forwarding:
     return Forwarding(address=request.remote, scheme=request.scheme, host=host, is_trusted=is_trusted)
 
 
-async def _stream(request: web.Request, response: EngineResponse, answer: RawResponse) -> None:
-    try:
-        while chunk := await response.next_chunk():
-            await answer.write(chunk)
-    except (GpulaneError, web.RequestPayloadError) as error:
-        # The engine's side failed, or the rest of an upload that it had answered before its end.
-        _cut(request, answer, error)
-    else:
-        await answer.write_eof()
-
-
-def _cut(request: web.Request, answer: RawResponse, error: Exception) -> None:
+def cut(request: web.Request, answer: RawResponse, error: Exception) -> None:
     """End the client's connection in a way that shows the body is not whole."""
     answer.failure = error
     transport = request.transport
@@ -103,6 +92,17 @@ def _cut(request: web.Request, answer: RawResponse, error: Exception) -> None:
     # Without the last chunk, or with fewer bytes than Content-Length, an ordinary close is truncation enough,
     # and what did come still arrives.
     request.protocol.force_close()
+
+
+async def _stream(request: web.Request, response: EngineResponse, answer: RawResponse) -> None:
+    try:
+        while chunk := await response.next_chunk():
+            await answer.write(chunk)
+    except (GpulaneError, web.RequestPayloadError) as error:
+        # The engine's side failed, or the rest of an upload that it had answered before its end.
+        cut(request, answer, error)
+    else:
+        await answer.write_eof()
 
 
 async def _take_body(
