@@ -20,7 +20,7 @@ EXIT_STATUS_OF_A_CRASH: Final = 137
 
 SLOW_CHUNKS_PER_SECOND: Final = 10
 
-ListenHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Answerer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Engine(Protocol):
@@ -179,7 +179,7 @@ class SimServer:
     # -- HTTP
 
     @web.middleware
-    async def _misbehave(self, request: web.Request, handler: ListenHandler) -> web.StreamResponse:
+    async def _misbehave(self, request: web.Request, handler: Answerer) -> web.StreamResponse:
         if request.path.startswith("/sim/"):
             return await handler(request)
         self.requests += 1

@@ -6,7 +6,6 @@ queue (`/queue/join`) is not here: its page needs the real webui.
 """
 
 import asyncio
-import json
 import random
 import string
 import time
@@ -18,6 +17,14 @@ from uuid import uuid4
 from aiohttp import web
 
 from gpulane.testing.a1111.checkpoints import Checkpoints
+from gpulane.testing.a1111.extras import (
+    extras_html,
+    face_restorers,
+    png_info,
+    queue_status,
+    script_info,
+    upscaled,
+)
 from gpulane.testing.a1111.render import (
     HttpError,
     Rendering,
@@ -33,7 +40,6 @@ from gpulane.testing.a1111.tables import (
     FORGE_OPTIONS,
     LATENT_UPSCALE_MODES,
     SCRIPTS,
-    UPSCALERS,
     Invalid,
     decoded,
     recorded,
@@ -44,8 +50,7 @@ from gpulane.testing.a1111.tables import (
 )
 from gpulane.testing.card import Card, CardUse, Died, Json, OutOfMemory
 from gpulane.testing.faults import Faults
-from gpulane.testing.pictures import png_size, read_text_chunks, render_png
-from gpulane.testing.server import ListenHandler, SimServer
+from gpulane.testing.server import Answerer, SimServer
 
 THREADS: Final = 40
 """All synchronous handlers share so many threads: with more jobs held, even progress must wait."""
@@ -197,10 +202,10 @@ class SimA1111:
         app.router.add_get("/internal/ping", self._in_thread(self._answer(dict)))
         app.router.add_get("/internal/sysinfo", self._in_thread(self._get_sysinfo))
         app.router.add_get("/config", self._answer(lambda: recorded()["config"]))
-        app.router.add_get("/queue/status", self._answer(_queue_status))
+        app.router.add_get("/queue/status", self._answer(queue_status))
         app.router.add_get("/", self._get_page)
 
-    def _api_routes(self) -> list[tuple[str, str, ListenHandler]]:
+    def _api_routes(self) -> list[tuple[str, str, Answerer]]:
         answer = self._answer
         vae = "/sd-modules" if self.is_forge else "/sd-vae"
         return [
@@ -223,14 +228,14 @@ class SimA1111:
             ("GET", "/sd-models", answer(self._models)),
             ("GET", vae, answer(list)),
             ("GET", "/hypernetworks", answer(list)),
-            ("GET", "/face-restorers", answer(_face_restorers)),
+            ("GET", "/face-restorers", answer(face_restorers)),
             ("GET", "/realesrgan-models", answer(list)),
             ("GET", "/prompt-styles", answer(list)),
             ("GET", "/embeddings", answer(lambda: {"loaded": {}, "skipped": {}})),
             ("GET", "/loras", answer(list)),
             ("GET", "/extensions", answer(list)),
             ("GET", "/scripts", answer(lambda: SCRIPTS)),
-            ("GET", "/script-info", answer(_script_info)),
+            ("GET", "/script-info", answer(script_info)),
             ("GET", "/memory", answer(self._memory)),
             ("POST", "/refresh-checkpoints", self._post_refresh),
             ("POST", "/refresh-vae", self._post_refresh),
@@ -241,7 +246,7 @@ class SimA1111:
         ]
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler: ListenHandler) -> web.StreamResponse:
+    async def _guard(self, request: web.Request, handler: Answerer) -> web.StreamResponse:
         """Errors in the two shapes of the original."""
         started = time.monotonic()
         try:
@@ -269,7 +274,7 @@ class SimA1111:
             response.headers["x-process-time"] = f"{time.monotonic() - started:.4f}"
         return response
 
-    def _in_thread(self, handler: ListenHandler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _in_thread(self, handler: Answerer) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         """A synchronous handler: it holds one of the few threads while it works or waits.
 
         A client that leaves changes nothing: aiohttp lets the handler run on, as a thread would.
@@ -409,25 +414,17 @@ class SimA1111:
 
     async def _post_extra_single(self, request: web.Request) -> web.Response:
         body = decoded(await request.text())
-        image = self._upscaled(body, decode_image(str(body.get("image", ""))))
+        image = upscaled(body, decode_image(str(body.get("image", ""))), self.card.name)
         await self._gpu_work("extras", EXTRAS_SECONDS)
-        return web.json_response({"html_info": _extras_html(body), "image": image})
+        return web.json_response({"html_info": extras_html(body), "image": image})
 
     async def _post_extra_batch(self, request: web.Request) -> web.Response:
         body = decoded(await request.text())
-        images = [self._upscaled(body, decode_image(entry["data"])) for entry in body.get("imageList", [])]
+        images = [
+            upscaled(body, decode_image(entry["data"]), self.card.name) for entry in body.get("imageList", [])
+        ]
         await self._gpu_work("extras", EXTRAS_SECONDS * len(images))
-        return web.json_response({"html_info": _extras_html(body), "images": images})
-
-    def _upscaled(self, body: dict[str, Json], image: bytes) -> str:
-        upscaler = body.get("upscaler_1", "None")
-        if upscaler not in UPSCALERS:
-            raise AssertionError(f"could not find upscaler named {upscaler}")
-        width, height = png_size(image)
-        factor = float(body.get("upscaling_resize", 2))
-        size = (int((width or 64) * factor), int((height or 64) * factor))
-        texts = read_text_chunks(image)
-        return encoded(render_png("extras", 1, self.card.name, *size, texts, plain=self._plain_pictures))
+        return web.json_response({"html_info": extras_html(body), "images": images})
 
     async def _post_interrogate(self, request: web.Request) -> web.Response:
         body = decoded(await request.text())
@@ -442,20 +439,7 @@ class SimA1111:
 
     async def _post_png_info(self, request: web.Request) -> web.Response:
         body = decoded(await request.text())
-        info = read_text_chunks(decode_image(str(body.get("image", "")))).get("parameters")
-        if info is None:
-            return web.json_response({"info": "", "items": {}, "parameters": {}})
-        first, _, settings = info.rpartition("\n")
-        pairs = dict(part.split(": ", 1) for part in settings.split(", ") if ": " in part)
-        width, _, height = pairs.pop("Size", "0x0").partition("x")
-        prompt, _, negative = first.partition("\nNegative prompt: ")
-        parameters = pairs | {
-            "Size-1": width,
-            "Size-2": height,
-            "Prompt": prompt,
-            "Negative prompt": negative,
-        }
-        return web.json_response({"info": info, "items": {}, "parameters": parameters})
+        return web.json_response(png_info(decode_image(str(body.get("image", "")))))
 
     # -- who runs, and stop
 
@@ -579,37 +563,3 @@ def _check_scripts(values: dict[str, Json], kind: str) -> None:
     for name in names:
         if name and name.lower() not in SCRIPTS[kind]:
             raise HttpError(422, f"Script '{name}' not found")
-
-
-def _extras_html(body: dict[str, Json]) -> str:
-    factor = body.get("upscaling_resize", 2)
-    return f"<p>Postprocess upscale by: {factor}, Postprocess upscaler: {body.get('upscaler_1', 'None')}</p>"
-
-
-def _queue_status() -> Json:
-    return {
-        "msg": "estimation",
-        "rank": None,
-        "queue_size": 0,
-        "avg_event_process_time": 0.0,
-        "avg_event_concurrent_process_time": None,
-        "rank_eta": None,
-        "queue_eta": 1.0,
-    }
-
-
-def _face_restorers() -> Json:
-    return [{"name": "CodeFormer", "cmd_dir": None}, {"name": "GFPGAN", "cmd_dir": None}]
-
-
-def _script_info() -> Json:
-    return [
-        {"name": name, "is_alwayson": False, "is_img2img": kind == "img2img", "args": []}
-        for kind, names in SCRIPTS.items()
-        for name in names
-    ]
-
-
-def as_json(text: str) -> Json:
-    """The `info` string of an answer."""
-    return json.loads(text)

@@ -20,12 +20,12 @@ from gpulane.testing.comfyui.files import Folders
 from gpulane.testing.comfyui.jobs import find_job, list_jobs
 from gpulane.testing.comfyui.nodes import CLASSIC_VERSION, MODEL_FOLDERS, MODERN_VERSION, NodeTable
 from gpulane.testing.comfyui.queue import PromptQueue, now_ms
+from gpulane.testing.comfyui.runner import PromptRunner
 from gpulane.testing.comfyui.sockets import SocketHub
 from gpulane.testing.comfyui.userdata import UserData, frontend_file
 from gpulane.testing.comfyui.validation import validate_prompt
-from gpulane.testing.comfyui.worker import PromptWorker
 from gpulane.testing.faults import Faults
-from gpulane.testing.server import ListenHandler, SimServer
+from gpulane.testing.server import Answerer, SimServer
 
 MAX_UPLOAD_BYTES: Final = 104_857_600
 
@@ -82,7 +82,7 @@ class SimComfyUI:
         )
         self.hub = SocketHub(faults=self.faults, features=self._features())
         self.queue = PromptQueue()
-        self.worker: PromptWorker | None = None
+        self.runner: PromptRunner | None = None
         self._number = 0
         self._previews = previews
         self._plain_pictures = plain_pictures
@@ -110,7 +110,7 @@ class SimComfyUI:
         self.folders.begin_life()
         self._number = 0
         self._use = self.card.attach(url, "comfyui")
-        self.worker = PromptWorker(
+        self.runner = PromptRunner(
             queue=self.queue,
             hub=self.hub,
             nodes=self.nodes,
@@ -123,7 +123,7 @@ class SimComfyUI:
             later=lambda work: self.server.spawn(work, name="unload later"),
         )
         self.server.spawn(self.hub.publish(), name="publish")
-        self.server.spawn(self.worker.work(), name="prompt worker")
+        self.server.spawn(self.runner.work(), name="run prompts")
 
     def end_life(self, *, in_order: bool) -> None:
         assert self._use is not None
@@ -137,15 +137,15 @@ class SimComfyUI:
         await self.hub.close_all()
 
     def sim_state(self) -> dict[str, Json]:
-        worker = self.worker
-        assert worker is not None
+        runner = self.runner
+        assert runner is not None
         return {
             "kind": "comfyui",
             "version": self.version,
             "running": self.queue.running[1] if self.queue.running else None,
             "pending": [item[1] for item in self.queue.heap],
-            "runs": worker.runs,
-            "worker_dead": worker.is_dead,
+            "runs": runner.runs,
+            "runner_dead": runner.is_dead,
             "sockets": len(self.hub),
             "resident": self.card.resident(self.url),
         }
@@ -171,7 +171,7 @@ class SimComfyUI:
                 app.router.add_get(prefix + "/node_replacements", self._empty_object)
         app.router.add_get("/{path:.*}", self._get_static)
 
-    def _routes(self) -> list[tuple[str, str, ListenHandler]]:
+    def _routes(self) -> list[tuple[str, str, Answerer]]:
         users = self._users
         return [
             ("GET", "/ws", self._get_ws),
@@ -213,7 +213,7 @@ class SimComfyUI:
         ]
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler: ListenHandler) -> web.StreamResponse:
+    async def _guard(self, request: web.Request, handler: Answerer) -> web.StreamResponse:
         """The original's checks of where a request comes from, and its answer to its own mistakes."""
         if not request.path.startswith("/sim/") and self._is_foreign(request):
             return web.Response(status=403)
@@ -365,9 +365,9 @@ class SimComfyUI:
         text = await request.text()
         body: Json = json.loads(text) if text else {}
         prompt_id = body.get("prompt_id")
-        assert self.worker is not None
+        assert self.runner is not None
         if not prompt_id or (self.queue.running and self.queue.running[1] == prompt_id):
-            self.worker.is_interrupted = True
+            self.runner.is_interrupted = True
         return web.Response()
 
     async def _post_free(self, request: web.Request) -> web.Response:
@@ -395,9 +395,9 @@ class SimComfyUI:
         return web.json_response(job)
 
     def _cancel(self, job_id: str) -> bool:
-        assert self.worker is not None
+        assert self.runner is not None
         if self.queue.running and self.queue.running[1] == job_id:
-            self.worker.is_interrupted = True
+            self.runner.is_interrupted = True
             return True
         if self.queue.delete(job_id):
             self._send_status()
@@ -425,9 +425,9 @@ class SimComfyUI:
     # -- the rest
 
     async def _get_ws(self, request: web.Request) -> web.StreamResponse:
-        worker = self.worker
-        assert worker is not None
-        running = {"client_id": worker.client_id, "node": worker.last_node}
+        runner = self.runner
+        assert runner is not None
+        running = {"client_id": runner.client_id, "node": runner.last_node}
         return await self.hub.serve(request, {"status": self._exec_info()}, running)
 
     async def _get_object_info(self, request: web.Request) -> web.Response:

@@ -70,7 +70,7 @@ class Run:
     """The card's open interval, from the first node that uses the card."""
 
 
-class PromptWorker:
+class PromptRunner:
     """Runs prompts one by one."""
 
     def __init__(
