@@ -1,6 +1,8 @@
-"""The composition root: builds everything from the settings, starts it in order, says `ready`, and stops it in order.
+"""The composition root: builds everything from the settings, starts it in order, says `ready`, and stops it
+in order.
 
-Nothing else knows all the parts. A wrong setting, a busy port or a folder that cannot be used ends here as a ConfigError, which
+Nothing else knows all the parts. A wrong setting, a busy port or a folder that cannot be used ends here as a
+ConfigError, which
 the command line prints as one line.
 """
 
@@ -76,7 +78,10 @@ async def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
     async with running(settings) as service:
         announce(f"gpulane ready {service.addresses['main']}")
         await stop.wait()
-        _log.info("draining", hint="once more to stop at once; running ComfyUI jobs are found again at the next start")
+        _log.info(
+            "draining",
+            hint="once more to stop at once; running ComfyUI jobs are found again at the next start",
+        )
         await _first(service.gateway.quiet_end(), stop_now.wait())
 
 
@@ -142,7 +147,9 @@ def _data_folder(settings: Settings) -> Path:
         probe.unlink()
     except OSError as error:
         why = error.strerror or str(error)
-        raise ConfigError(f"data folder {folder} cannot be used: {why}; name another one with --data") from error
+        raise ConfigError(
+            f"data folder {folder} cannot be used: {why}; name another one with --data"
+        ) from error
     return folder
 
 
@@ -177,7 +184,9 @@ async def _gpus(settings: Settings, node: NodeId, node_store: NodeStore) -> tupl
         if isinstance(engine, EngineSettings) and engine.service is None
     ]
     known = await node_store.learned("engine_service")
-    services = dict(zip(urls, await asyncio.gather(*(_service_of(url, known.get(url)) for url in urls)), strict=True))
+    services = dict(
+        zip(urls, await asyncio.gather(*(_service_of(url, known.get(url)) for url in urls)), strict=True)
+    )
     for url, service in services.items():
         await node_store.learn_put("engine_service", url, service.value)
     return tuple(_gpu(host, name, gpu, node, services) for name, gpu in settings.gpus.items())
@@ -221,7 +230,9 @@ def _gpu(host: str, name: str, gpu: GpuSettings, node: NodeId, services: dict[st
 
 
 def _digest_uuid(node: NodeId, urls: list[EngineUrl]) -> str:
-    """Identify a card without a driver by its engines, and by the node where their addresses are loopback (fleet.md 1)."""
+    """Identify a card without a driver by its engines, and by the node where their addresses are loopback
+    (fleet.md 1).
+    """
     hosts = [url.split("//", 1)[1].split("/")[0].rpartition(":")[0].strip("[]") for url in urls]
     local = node if any(is_loopback(host) for host in hosts) else ""
     return "engines-" + hashlib.sha256("\n".join([local, *sorted(urls)]).encode()).hexdigest()[:32]
@@ -238,7 +249,11 @@ def _client(engine: Engine, wire: EngineClient, settings: Settings) -> ServiceCl
 
 
 async def _listen(
-    settings: Settings, gateway: Gateway, node_store: NodeStore, folder: Path, stack: contextlib.AsyncExitStack
+    settings: Settings,
+    gateway: Gateway,
+    node_store: NodeStore,
+    folder: Path,
+    stack: contextlib.AsyncExitStack,
 ) -> dict[str, str]:
     context = WebContext(
         settings=settings,
@@ -286,7 +301,9 @@ async def _bind(name: str, app: web.Application, address: str, stack: contextlib
     except OSError as error:
         why = error.strerror or str(error)
         setting = "listen" if name == "main" else f"listen of {name}"
-        raise ConfigError(f"{setting}: {address} cannot be used: {why}; choose another one with --listen") from error
+        raise ConfigError(
+            f"{setting}: {address} cannot be used: {why}; choose another one with --listen"
+        ) from error
     bound = runner.addresses[0]
     shown_host = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
     return f"http://{shown_host}:{bound[1]}"

@@ -1,4 +1,5 @@
-"""What the running gateway shows of itself: plain data between the dispatcher, which fills it in, and the web, which shows it.
+"""What the running gateway shows of itself: plain data between the dispatcher, which fills it in, and the
+web, which shows it.
 
 The two never import each other; they meet in these classes and in the ports that `service` hands over.
 """

@@ -1,4 +1,6 @@
-"""What all adapters share: the words in which they tell the rest of gpulane about a request. Pure data, no behavior."""
+"""What all adapters share: the words in which they tell the rest of gpulane about a request. Pure data, no
+behavior.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class Route(StrEnum):
     JOB = "job"
     """It needs the gpu: its body is read and it becomes a job."""
     OWN = "own"
-    """It asks about jobs, progress, options, lists: the front door answers from the gateway's own knowledge."""
+    """It asks about jobs, progress, options, lists: the front door answers from the gateway's own
+    knowledge."""
     RELAY = "relay"
     """Not a job: passed to an engine of the service byte for byte."""
     CLOSED = "closed"
@@ -45,7 +48,8 @@ class _RequestHead(msgspec.Struct, frozen=True):
 
 def encode_request(request: EngineRequest) -> bytes:
     """Write a request as a stored body: its head as one line of JSON, then its own body untouched."""
-    return msgspec.json.encode(_RequestHead(request.method, request.target, request.headers)) + b"\n" + request.body
+    head = _RequestHead(request.method, request.target, request.headers)
+    return msgspec.json.encode(head) + b"\n" + request.body
 
 
 def decode_request(stored: bytes) -> EngineRequest:

@@ -1,4 +1,6 @@
-"""Sets structlog up: lines for people on a terminal, JSON for machines; one event per line, on standard error."""
+"""Sets structlog up: lines for people on a terminal, JSON for machines; one event per line, on standard
+error.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,9 @@ class OneLineErrors(click.Group):
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gpulane")
 def main() -> None:
-    """One address in front of every GPU: a fair, durable queue for ComfyUI, AUTOMATIC1111 and other GPU services."""
+    """One address in front of every GPU: a fair, durable queue for ComfyUI, AUTOMATIC1111 and other GPU
+    services.
+    """
 
 
 def _print(error: GpulaneError) -> None:

@@ -15,11 +15,20 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("gpus", nargs=-1, metavar="[GPU ...]")
-@click.option("-c", "--config", "config_file", envvar="GPULANE_CONFIG", type=click.Path(path_type=Path), help="Settings (YAML).")
+@click.option(
+    "-c",
+    "--config",
+    "config_file",
+    envvar="GPULANE_CONFIG",
+    type=click.Path(path_type=Path),
+    help="Settings (YAML).",
+)
 @click.option("--listen", help="HOST:PORT of the one listener; 127.0.0.1:8800 when not given.")
 @click.option("--data", help="Folder of the queue, results and learned values.")
 @click.option("--store", help="sqlite (default) or memory (nothing survives a restart).")
-@click.option("--allow-anonymous", is_flag=True, help="Serve everybody who can reach the listener, without keys.")
+@click.option(
+    "--allow-anonymous", is_flag=True, help="Serve everybody who can reach the listener, without keys."
+)
 def serve(
     gpus: tuple[str, ...],
     config_file: Path | None,

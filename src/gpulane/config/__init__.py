@@ -1,4 +1,6 @@
-"""The settings: one frozen tree, parsed and checked once from YAML text. Pure: no file, socket or environment is read here."""
+"""The settings: one frozen tree, parsed and checked once from YAML text. Pure: no file, socket or
+environment is read here.
+"""
 
 from gpulane.config.arguments import gpus_from_arguments
 from gpulane.config.parse import parse_settings

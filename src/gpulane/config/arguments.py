@@ -1,9 +1,11 @@
 """The command line's short form of gpus.
 
-    GPU    = ENGINE[+ENGINE ...]                             engines joined by + share one card; each argument is one gpu
+    GPU    = ENGINE[+ENGINE ...]                             engines joined by + share one card; each
+    argument is one gpu
     ENGINE = [comfyui:|a1111:|http:] (PORT | HOST:PORT | URL)
 
-`7860+8188` is one card with two engines on this machine; `comfyui:gpu7:8188` one ComfyUI on the host gpu7. An `http:` that is
+`7860+8188` is one card with two engines on this machine; `comfyui:gpu7:8188` one ComfyUI on the host gpu7.
+An `http:` that is
 followed by `//` begins a URL, else it names the service.
 """
 
@@ -39,7 +41,7 @@ def engine_url(text: str, shown: str | None = None) -> str:
     shown = shown or text
     if text.startswith(("http://", "https://")):
         url = text.rstrip("/")
-        authority = url.split("//", 1)[1].split("/", 1)[0]
+        authority = text.split("//", 1)[1].split("/", 1)[0]
         host, _, port = (
             authority.rpartition(":") if ":" in authority.rpartition("]")[2] else (authority, "", "")
         )

@@ -1,4 +1,6 @@
-"""Turns YAML text into Settings and checks what types cannot say. Every refusal is one line: what, where, and what to write."""
+"""Turns YAML text into Settings and checks what types cannot say. Every refusal is one line: what, where,
+and what to write.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _LOOPBACK_NAMES: Final = frozenset({"localhost", "ip6-localhost", "ip6-loopback"
 
 
 def parse_settings(text: str, *, source: str = "settings", allow_anonymous: bool = False) -> Settings:
-    """Read YAML. Raises ConfigError naming `source` and the place. `allow_anonymous` stands above the text."""
+    """Read YAML. Raises ConfigError naming `source` and the place. `allow_anonymous` stands above the
+    text.
+    """
     try:
         loaded: object = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -140,8 +144,8 @@ def _listen_is_safe(setting: str, address: str, settings: Settings, source: str)
     host, _ = listen_address(address, setting=f"{source}: {setting}")
     if not is_loopback(host) and not settings.keys and not settings.allow_anonymous:
         raise ConfigError(
-            f"{source}: {setting}: {address} can be reached from other machines, and there are no keys: add keys "
-            "(`gpulane key new`), or listen on 127.0.0.1, or say --allow-anonymous to serve everybody"
+            f"{source}: {setting}: {address} can be reached from other machines, and there are no keys: "
+            "add keys (`gpulane key new`), or listen on 127.0.0.1, or say --allow-anonymous to serve everybody"
         )
 
 

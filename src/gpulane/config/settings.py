@@ -1,6 +1,7 @@
 """Every setting with its default, its unit in its name and its reason below it. Only `gpus` is required.
 
-The defaults suit one person with one or two cards. This module holds data only; `parse` checks what types cannot say.
+The defaults suit one person with one or two cards. This module holds data only; `parse` checks what types
+cannot say.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class EngineSettings(_Section, frozen=True):
     name: str = ""
     """For http engines: the NAME of /svc/NAME/. Default: the gpu's name and the port."""
     jobs: tuple[str, ...] = ()
-    """For http engines: which requests need the gpu, as `METHOD /path` with * and **. Default: the usual LLM paths."""
+    """For http engines: which requests need the gpu, as `METHOD /path` with * and **. Default: the usual LLM
+    paths."""
     listen: str | None = None
     """For http engines: an address of its own whose root is this engine."""
 
@@ -41,7 +43,8 @@ class GpuSettings(_Section, frozen=True):
     labels: tuple[str, ...] = ()
     """Words that jobs can ask for."""
     uuid: str | None = None
-    """The driver's UUID of the card; recommended where a driver exists. Default: a digest of the engines' URLs."""
+    """The driver's UUID of the card; recommended where a driver exists. Default: a digest of the engines'
+    URLs."""
     speed: float = 1.0
     """Relative speed: of two idle warm gpus the faster one is taken."""
 
@@ -89,7 +92,8 @@ class HoldSettings(_Section, frozen=True):
     """What happens to calls that wait for their answer."""
 
     on_disconnect: Literal["finish", "interrupt"] = "finish"
-    """When the client of a *running* call leaves: let it end (its result is kept for a while), or interrupt it."""
+    """When the client of a *running* call leaves: let it end (its result is kept for a while), or interrupt
+    it."""
     rejoin_seconds: float = 60.0
     """A waiting call whose client left keeps its place so long for the identical call of the same account."""
     orphan_result_seconds: float = 900.0
@@ -101,15 +105,18 @@ class ProbeSettings(_Section, frozen=True):
 
     interval_seconds: float = 5.0
     timeout_seconds: float = 10.0
-    """A ComfyUI that imports a model or reads a long history has been seen to answer after 1 s, under load after more."""
+    """A ComfyUI that imports a model or reads a long history has been seen to answer after 1 s, under load
+    after more."""
     misses_max: int = 3
     """Probes in a row that may fail before an engine counts as lost (a refused connection counts as well)."""
     describe_interval_seconds: float = 300.0
     """How often lists of models and nodes are fetched again."""
     canary_after_seconds: float = 20.0
-    """A ComfyUI that took a prompt but started nothing for so long is tested with a tiny prompt of our own."""
+    """A ComfyUI that took a prompt but started nothing for so long is tested with a tiny prompt of our
+    own."""
     quiet_seconds: float = 2.0
-    """After a restart: two answered probes this far apart before an engine is asked about, or given, a job."""
+    """After a restart: two answered probes this far apart before an engine is asked about, or given, a
+    job."""
 
 
 class RetrySettings(_Section, frozen=True):

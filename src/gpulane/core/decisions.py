@@ -20,7 +20,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartAttempt:
-    """Claim the first of these jobs that still waits, for this gpu, and start it. Answered by JobClaimed or ClaimLost."""
+    """Claim the first of these jobs that still waits, for this gpu, and start it. Answered by JobClaimed or
+    ClaimLost.
+    """
 
     gpu: GpuId
     candidates: tuple[Candidate, ...]

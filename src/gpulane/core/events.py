@@ -1,7 +1,9 @@
 """What has happened, in the past tense, one class per fact.
 
-Two sources. *Store events* carry `n`, the store's dense event number, and tell what became of jobs: every node sees the same
-ones in the same order. *Local events* tell what this process learned of gpus and engines (probes, claims under way).
+Two sources. *Store events* carry `n`, the store's dense event number, and tell what became of jobs: every
+node sees the same
+ones in the same order. *Local events* tell what this process learned of gpus and engines (probes, claims
+under way).
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from gpulane.core.model import (
     Token,
 )
 
-# --- store events: facts about jobs ---------------------------------------------------------------------------------
+# --- store events: facts about jobs
+# ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSubmitted:
-    """A job became durable and waits. Its account's F was lifted to V if it had nothing waiting in the band (M1)."""
+    """A job became durable and waits. Its account's F was lifted to V if it had nothing waiting in the band
+    (M1).
+    """
 
     n: int
     job: Job
@@ -181,7 +186,8 @@ StoreEvent = (
     | NodeChanged
 )
 
-# --- local events: facts about gpus, engines and claims under way --------------------------------------------------
+# --- local events: facts about gpus, engines and claims under way
+# --------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +223,9 @@ class EngineLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuOccupied:
-    """A gpu is occupied for a reason other than a claim: a stranger's work, recovery after a restart, an orphan, a hand-off."""
+    """A gpu is occupied for a reason other than a claim: a stranger's work, recovery after a restart, an
+    orphan, a hand-off.
+    """
 
     gpu: GpuId
     why: str
@@ -232,7 +240,9 @@ class GpuFreed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSeen:
-    """An engine of the gpu holds this model now (proved by an answer or a probe); NO_MODEL: unknown or none."""
+    """An engine of the gpu holds this model now (proved by an answer or a probe); NO_MODEL: unknown or
+    none.
+    """
 
     gpu: GpuId
     engine: EngineUrl
@@ -293,7 +303,8 @@ LocalEvent = (
 Event = StoreEvent | LocalEvent
 
 
-# --- the whole picture, from which a book starts --------------------------------------------------------------------
+# --- the whole picture, from which a book starts
+# --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

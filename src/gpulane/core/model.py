@@ -1,4 +1,6 @@
-"""The nouns: jobs, attempts, engines, gpus, their ids and states. Frozen data; nothing here decides or changes anything."""
+"""The nouns: jobs, attempts, engines, gpus, their ids and states. Frozen data; nothing here decides or
+changes anything.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ from enum import IntEnum, StrEnum
 from typing import Final, NewType
 
 Seconds = float
-"""Seconds of a monotonic clock, or a duration. Wall-clock times are called `..._at` and are seconds since 1970, UTC."""
+"""Seconds of a monotonic clock, or a duration. Wall-clock times are called `..._at` and are seconds since
+1970, UTC."""
 
 JobId = NewType("JobId", str)
-"""A canonical lowercase UUID4. Engines see it as prompt_id or force_task_id, so that a job can be found again in an engine."""
+"""A canonical lowercase UUID4. Engines see it as prompt_id or force_task_id, so that a job can be found
+again in an engine."""
 Account = NewType("Account", str)
 """Whom a job is charged to. Fairness, ids, uploads, options, history and progress are scoped by it."""
 NodeId = NewType("NodeId", str)
@@ -20,9 +24,11 @@ GpuId = NewType("GpuId", str)
 EngineUrl = NewType("EngineUrl", str)
 """An engine's base URL without a trailing slash: its identity."""
 ModelKey = NewType("ModelKey", str)
-"""The heavy model a job needs, as loaded (checkpoint and what is loaded with it). NO_MODEL when it needs none or it is unknown."""
+"""The heavy model a job needs, as loaded (checkpoint and what is loaded with it). NO_MODEL when it needs
+none or it is unknown."""
 Token = NewType("Token", str)
-"""Fencing token of an attempt, `<n>.<claim id>`. The store refuses writes that carry another one. Compared as a whole."""
+"""Fencing token of an attempt, `<n>.<claim id>`. The store refuses writes that carry another one. Compared
+as a whole."""
 ClaimId = NewType("ClaimId", str)
 """64 random bits in hex, made by whoever claims; a claim repeated with the same id gets the same answer."""
 
@@ -51,7 +57,8 @@ class JobState(StrEnum):
     """Where a job is. Each says who moves it on."""
 
     QUEUED = "queued"
-    """Waiting, or claimed but not started. The dispatcher moves it on by claim and start; its user by cancel."""
+    """Waiting, or claimed but not started. The dispatcher moves it on by claim and start; its user by
+    cancel."""
     RUNNING = "running"
     """An attempt was started on an engine. Its node moves it on by finish or fail; the sweep by rescue."""
     WAITING_RETRY = "waiting_retry"
@@ -148,19 +155,24 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What the scheduler needs to know of a job; fixed at submission (except what the book keeps beside it)."""
+    """What the scheduler needs to know of a job; fixed at submission (except what the book keeps beside
+    it).
+    """
 
     id: JobId
     account: Account
     service: Service
     kind: str
-    """`prompt`, `txt2img`, `img2img`, ... : the service's own word for this sort of work; for people and estimates."""
+    """`prompt`, `txt2img`, `img2img`, ... : the service's own word for this sort of work; for people and
+    estimates."""
     model: ModelKey = NO_MODEL
     signature: str = ""
-    """Digest of the workflow's shape (node classes and wiring, or the endpoint): jobs alike take alike long."""
+    """Digest of the workflow's shape (node classes and wiring, or the endpoint): jobs alike take alike
+    long."""
     work: Work = field(default_factory=Work)
     needs: frozenset[str] = frozenset()
-    """What an engine must offer: `node:KSampler`, `CheckpointLoaderSimple.ckpt_name=x.safetensors`, `checkpoint:x` ..."""
+    """What an engine must offer: `node:KSampler`, `CheckpointLoaderSimple.ckpt_name=x.safetensors`,
+    `checkpoint:x` ..."""
     labels: frozenset[str] = frozenset()
     """Labels the gpu must carry."""
     engine: EngineUrl | None = None

@@ -1,6 +1,8 @@
-"""The running gateway of this node: builds the book from the store, owns the gpus, takes jobs, and shows itself.
+"""The running gateway of this node: builds the book from the store, owns the gpus, takes jobs, and shows
+itself.
 
-Implements what the web asks for (jobs, engines). It starts and stops everything below it in order, and answers every question
+Implements what the web asks for (jobs, engines). It starts and stops everything below it in order, and
+answers every question
 from the book or the store; it decides nothing itself.
 """
 
@@ -119,7 +121,8 @@ class Gateway:
         self._recent: dict[JobId, Payload] = {}
         self._recent_bytes = 0
         self._limits = QueueLimits(
-            queued_max=settings.limits.queued_max, queued_per_account_max=settings.limits.queued_per_account_max
+            queued_max=settings.limits.queued_max,
+            queued_per_account_max=settings.limits.queued_per_account_max,
         )
         self._artifacts = ArtifactFolder(parts.data_folder / "artifacts", parts.wires)
         self._tasks: asyncio.TaskGroup | None = None
@@ -132,7 +135,9 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Hold everything under way inside the block; leaving it stops at once (drain first, for a quiet end)."""
+        """Hold everything under way inside the block; leaving it stops at once (drain first, for a quiet
+        end).
+        """
         self._spool.mkdir(parents=True, exist_ok=True)
         await self._begin_book()
         async with asyncio.TaskGroup() as tasks:
@@ -171,7 +176,9 @@ class Gateway:
     async def _begin_book(self) -> None:
         self._store.listen(self._hear)
         uuids = tuple((gpu.id, gpu.uuid) for gpu in self._parts.gpus)
-        reply = await self._store.register(self._parts.node, self._parts.boot, uuids, self._parts.settings.name or "")
+        reply = await self._store.register(
+            self._parts.node, self._parts.boot, uuids, self._parts.settings.name or ""
+        )
         if reply.code is not Code.OK:
             raise StoreError(f"this node cannot register: {reply.code}")
         gone = Failure(kind=FailureKind.LOST, code="client_gone", message="its client was lost in a restart")
@@ -198,7 +205,9 @@ class Gateway:
         return [*watches, leases.run(), leases.prune(), *await self._recoveries(), self._copy_uncopied()]
 
     async def _recoveries(self) -> list[Coroutine[object, object, None]]:
-        """One for each gpu whose earlier work may still be under way; the gpus are occupied before anything is decided."""
+        """One for each gpu whose earlier work may still be under way; the gpus are occupied before anything
+        is decided.
+        """
         recovery = Recovery(
             store=self._store,
             node_store=self._parts.node_store,
@@ -231,7 +240,9 @@ class Gateway:
     async def _lose(self, job: JobId) -> None:
         record = await self._store.job(job)
         if record is not None and record.token is not None:
-            failure = Failure(kind=FailureKind.LOST, code="lost", message="its engine is no longer in the settings")
+            failure = Failure(
+                kind=FailureKind.LOST, code="lost", message="its engine is no longer in the settings"
+            )
             await self._store.finish(
                 job, record.token, state=JobState.FAILED, failure=failure, used_seconds=0.0, result=None
             )
@@ -402,7 +413,9 @@ class Gateway:
     async def record(self, job: JobId) -> JobRecord | None:
         return await self._store.job(job)
 
-    async def record_of_client(self, account: Account, service: Service, client_job_id: str) -> JobRecord | None:
+    async def record_of_client(
+        self, account: Account, service: Service, client_job_id: str
+    ) -> JobRecord | None:
         return await self._store.job_of_client(account, service, client_job_id)
 
     async def records(self, query: JobQuery) -> tuple[JobRecord, ...]:
@@ -524,7 +537,9 @@ class Gateway:
         self._loop.tell(HolderAway(job=job, away=away))
 
     def _give_up(self, job: JobId) -> None:
-        gone = Failure(kind=FailureKind.CLIENT, code="client_gone", message="its client left and did not come back")
+        gone = Failure(
+            kind=FailureKind.CLIENT, code="client_gone", message="its client left and did not come back"
+        )
         self._spawn(self._cancel_quietly(job, gone))
 
     async def _cancel_quietly(self, job: JobId, failure: Failure) -> None:

@@ -1,7 +1,10 @@
-"""The life of one gpu of this node: free, claiming, starting, running, finishing, free; or occupied by something else.
+"""The life of one gpu of this node: free, claiming, starting, running, finishing, free; or occupied by
+something else.
 
-The order that nothing may change: claim -> durable local record -> start -> first byte; and the record goes, and the gpu is
-free, only when its engines are known idle. This object alone begins work on the gpu: exclusivity does not depend on the store.
+The order that nothing may change: claim -> durable local record -> start -> first byte; and the record goes,
+and the gpu is
+free, only when its engines are known idle. This object alone begins work on the gpu: exclusivity does not
+depend on the store.
 """
 
 from __future__ import annotations
@@ -119,7 +122,8 @@ class GpuOwner:
         self.running: Running | None = None
         self.watches: dict[EngineUrl, EngineWatch] = {}
         self.occupancy = 0
-        """Rises by one at the beginning and at the end of each occupancy by us: odd while we occupy the gpu."""
+        """Rises by one at the beginning and at the end of each occupancy by us: odd while we occupy the
+        gpu."""
         self._lease = lease
         self._store = store
         self._node_store = node_store
@@ -189,7 +193,9 @@ class GpuOwner:
         record = await self._record(job_id)
         payload = None if record is None else await self._payload(record)
         if record is None or payload is None or record.engine is None:
-            failure = Failure(kind=FailureKind.LOST, code="client_gone", message="its client and its body are gone")
+            failure = Failure(
+                kind=FailureKind.LOST, code="client_gone", message="its client and its body are gone"
+            )
             await self._store.cancel(job_id, failure)
             return
         running = Running(job=record.job, token=token, engine=record.engine, attempts=record.attempts_counted)
@@ -209,7 +215,8 @@ class GpuOwner:
             claim=self._new_claim(),
             lease_seconds=self._lease.lease_seconds,
             candidates=tuple(
-                ClaimCandidate(job=c.job, engine=c.engine, charge_seconds=c.charge.total) for c in decision.candidates
+                ClaimCandidate(job=c.job, engine=c.engine, charge_seconds=c.charge.total)
+                for c in decision.candidates
             ),
             lowest_f=decision.lowest_f,
         )
@@ -223,7 +230,12 @@ class GpuOwner:
             rule = next((c.rule for c in decision.candidates if c.job == reply.job), "")
             _log.info("attempt_claimed", job=reply.job, gpu=self.id, rule=rule)
             return reply.job, reply.token
-        if reply.code is Code.BUSY and reply.job is not None and reply.token is not None and self.running is None:
+        if (
+            reply.code is Code.BUSY
+            and reply.job is not None
+            and reply.token is not None
+            and self.running is None
+        ):
             # The slot is held by something that this process knows nothing of (fleet.md 4, claim).
             await self._store.release(reply.job, reply.token, "unknown to its own node")
         rest = 0.0 if reply.code is Code.LOST else REST_AFTER_REFUSAL_SECONDS
@@ -231,14 +243,17 @@ class GpuOwner:
         return None
 
     async def _start_and_run(self, running: Running, context: AttemptContext) -> Outcome | None:
-        """Steps 4 and 5 of the life: nothing is sent before `start` is OK. None when the attempt never began."""
+        """Steps 4 and 5 of the life: nothing is sent before `start` is OK. None when the attempt never
+        began.
+        """
         client = self._clients[running.engine]
         blocked = await self._blocked_by(client)
         if blocked is not None:
             await self._give_back(running, blocked)
             return None
         if running.attempts > 0:
-            # An older record of the same id in this engine would be taken for this attempt's (fleet.md 12, case 5).
+            # An older record of the same id in this engine would be taken for this attempt's (fleet.md 12,
+            # case 5).
             try:
                 found = await client.find(running.job.id)
                 if found in {Found.SUCCEEDED, Found.FAILED, Found.INTERRUPTED}:
@@ -298,7 +313,11 @@ class GpuOwner:
         """Offer the end to the store until it is taken: nothing else may free the job."""
         failure = self._judged(running, outcome)
         again = None
-        if failure is not None and not (record.cancel_wanted or running.cancel_wanted) and self._may_repeat(answer):
+        if (
+            failure is not None
+            and not (record.cancel_wanted or running.cancel_wanted)
+            and self._may_repeat(answer)
+        ):
             again = self._advise(running, record, failure)
         pause = 0.05
         while True:
@@ -323,7 +342,9 @@ class GpuOwner:
         elif not isinstance(again, RetryAgain):
             self._on_end(record, outcome, running.engine)
 
-    async def _finish(self, running: Running, outcome: Outcome, failure: Failure | None, used: Seconds) -> Reply:
+    async def _finish(
+        self, running: Running, outcome: Outcome, failure: Failure | None, used: Seconds
+    ) -> Reply:
         return await self._store.finish(
             running.job.id,
             running.token,
@@ -337,7 +358,9 @@ class GpuOwner:
         """An interrupt that nobody asked for is a failed attempt, never a cancel."""
         if outcome.state is JobState.CANCELLED and not running.cancel_wanted:
             message = "the engine was interrupted by somebody else"
-            return outcome.failure or Failure(kind=FailureKind.INTERRUPTED, code="interrupted", message=message)
+            return outcome.failure or Failure(
+                kind=FailureKind.INTERRUPTED, code="interrupted", message=message
+            )
         return outcome.failure if outcome.state is JobState.FAILED else None
 
     def _may_repeat(self, answer: AnswerSink | None) -> bool:
@@ -345,7 +368,9 @@ class GpuOwner:
         return answer is None or not getattr(answer, "status", 0)
 
     def _advise(self, running: Running, record: JobRecord, failure: Failure) -> RetryAgain | Failure:
-        return self._retry(running.job, running.attempts + 1, failure, record.avoid, self.id, self._random.random())
+        return self._retry(
+            running.job, running.attempts + 1, failure, record.avoid, self.id, self._random.random()
+        )
 
     # --- entering and leaving
 

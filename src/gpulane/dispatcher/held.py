@@ -1,9 +1,13 @@
 """Calls whose clients wait: their requests, their answers, and what becomes of both when a client leaves.
 
-A held call's body lives here and nowhere else, and dies with the process. When the client of a *waiting* call leaves, the
-call is not started but keeps its place for `rejoin_seconds`; when the client of a *running* one leaves, it ends as the settings
-say and its answer is kept for `orphan_result_seconds`. The identical request of the same account joins either one: clients
-behind proxies with short time-outs ask again, and must not render twice. Two clients that both still wait are two jobs.
+A held call's body lives here and nowhere else, and dies with the process. When the client of a *waiting*
+call leaves, the
+call is not started but keeps its place for `rejoin_seconds`; when the client of a *running* one leaves, it
+ends as the settings
+say and its answer is kept for `orphan_result_seconds`. The identical request of the same account joins
+either one: clients
+behind proxies with short time-outs ask again, and must not render twice. Two clients that both still wait
+are two jobs.
 """
 
 from __future__ import annotations
@@ -99,7 +103,9 @@ class HeldCalls:
                 self._on_given_up(job)
         else:
             self._on_away(job, True)
-            held.timer = asyncio.get_running_loop().call_later(self._settings.rejoin_seconds, self._on_given_up, job)
+            held.timer = asyncio.get_running_loop().call_later(
+                self._settings.rejoin_seconds, self._on_given_up, job
+            )
 
     def started(self, job: JobId) -> None:
         """Note that an attempt of the call runs."""
@@ -147,7 +153,9 @@ class HeldCalls:
 
     def _keep_answer(self, held: Held) -> None:
         _cancel(held)
-        held.timer = asyncio.get_running_loop().call_later(self._settings.orphan_result_seconds, self._drop, held)
+        held.timer = asyncio.get_running_loop().call_later(
+            self._settings.orphan_result_seconds, self._drop, held
+        )
         kept = [other for other in self._calls.values() if other.is_over and other.clients <= 0]
         for oldest in kept[: max(0, len(kept) - ORPHANS_MAX)]:
             self._drop(oldest)

@@ -1,4 +1,5 @@
-"""The heartbeat of this node and, when the store hands it out, the sweep: leases renewed, expired attempts taken, old jobs pruned.
+"""The heartbeat of this node and, when the store hands it out, the sweep: leases renewed, expired attempts
+taken, old jobs pruned.
 
 An expired lease is never renewed: its holder resumes under a new token, or finds that it was superseded.
 """
@@ -61,11 +62,19 @@ class Leases:
         """Renew what this node holds, and sweep what the store says is due."""
         pairs = {owner: pair for owner in self._owners if (pair := owner.lease_pair()) is not None}
         reply = await self._store.beat(
-            self._lease.node, self._lease.boot, LEASE_SECONDS, self._lease.lease_seconds, tuple(pairs.values())
+            self._lease.node,
+            self._lease.boot,
+            LEASE_SECONDS,
+            self._lease.lease_seconds,
+            tuple(pairs.values()),
         )
         self.last_reply = reply
         if reply.code is Code.STALE:
-            _log.error("node_superseded", node=self._lease.node, hint="another process uses this data folder's node id")
+            _log.error(
+                "node_superseded",
+                node=self._lease.node,
+                hint="another process uses this data folder's node id",
+            )
             return
         codes = dict(reply.leases)
         for owner, (job, token) in pairs.items():
@@ -94,7 +103,13 @@ class Leases:
             owner.cancel(job)
         elif code is Code.EXPIRED:
             reply = await self._store.resume(
-                self._lease.node, self._lease.boot, owner.id, job, token, self._new_claim(), self._lease.lease_seconds
+                self._lease.node,
+                self._lease.boot,
+                owner.id,
+                job,
+                token,
+                self._new_claim(),
+                self._lease.lease_seconds,
             )
             if reply.code is Code.OK and reply.token is not None and owner.running is running:
                 running.token = reply.token
@@ -105,5 +120,3 @@ class Leases:
             # Superseded: what runs here is an orphan, to be interrupted; its end will be STALE.
             _log.warning("attempt_superseded", job=job, gpu=owner.id)
             owner.cancel(job)
-
-

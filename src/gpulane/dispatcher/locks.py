@@ -1,6 +1,8 @@
-"""Lock files that say which process owns a gpu: NAME.owner, flocked for the life of the process. Never deleted.
+"""Lock files that say which process owns a gpu: NAME.owner, flocked for the life of the process. Never
+deleted.
 
-The kernel lets go of a flock when its holder dies, even by SIGKILL; a lock by the mere existence of a file would stay behind.
+The kernel lets go of a flock when its holder dies, even by SIGKILL; a lock by the mere existence of a file
+would stay behind.
 Deleting the file would let a second holder in beside the first, so nobody does.
 """
 
@@ -38,8 +40,8 @@ class GpuLocks:
             holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(file)
             raise ConfigError(
-                f"GPU {gpu} is owned by another gpulane on this machine (process {holder}); stop that one, or take "
-                "the GPU out of one of the two"
+                f"GPU {gpu} is owned by another gpulane on this machine (process {holder}); stop that "
+                "one, or take the GPU out of one of the two"
             ) from error
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)

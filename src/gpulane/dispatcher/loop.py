@@ -1,6 +1,7 @@
 """The step that must not be interrupted: event in, book changed, decisions out.
 
-There is no await between an event and its decisions, so no other task can see the book half-way. Slow work is begun here and
+There is no await between an event and its decisions, so no other task can see the book half-way. Slow work
+is begun here and
 reports back by further events; nothing here waits.
 """
 
@@ -28,7 +29,11 @@ class Loop:
     """Owns the book. One per process; everything runs on the event loop's thread."""
 
     def __init__(
-        self, book: Book, policy: Policy, clock: Callable[[], float], carry_out: Callable[[StartAttempt], bool]
+        self,
+        book: Book,
+        policy: Policy,
+        clock: Callable[[], float],
+        carry_out: Callable[[StartAttempt], bool],
     ) -> None:
         self.book = book
         self._policy = policy

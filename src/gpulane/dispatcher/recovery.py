@@ -1,7 +1,9 @@
 """What a restart finds, gpu by gpu, and how it comes to an end (fleet.md section 5).
 
-Every gpu with a record, or with an attempt that the store calls started, is occupied until its engine is known idle or its job
-is followed again. First quiet: two answered probes over new connections, since the engine may still read the request of the
+Every gpu with a record, or with an attempt that the store calls started, is occupied until its engine is
+known idle or its job
+is followed again. First quiet: two answered probes over new connections, since the engine may still read the
+request of the
 dead process. Then the queue, the history, the queue again. Nothing is ever sent a second time.
 """
 
@@ -23,7 +25,8 @@ from gpulane.store.base import Code, JobRecord, Store
 from gpulane.store.node import GpuRecord, NodeStore
 
 SILENT_SECONDS_MAX: Final = 120.0
-"""An engine that neither answers nor refuses for so long has lost its job; its gpu stays occupied until it answers."""
+"""An engine that neither answers nor refuses for so long has lost its job; its gpu stays occupied until it
+answers."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -63,7 +66,9 @@ class Recovery:
         await self._node_store.drop_gpu_record(owner.id, record.token)
         owner.free("recovering")
 
-    async def settle_attempt(self, owner: GpuOwner, client: ServiceClient, record: JobRecord, token: Token) -> None:
+    async def settle_attempt(
+        self, owner: GpuOwner, client: ServiceClient, record: JobRecord, token: Token
+    ) -> None:
         """Find a started attempt in its engine and end it, or follow it to its end."""
         job = record.job
         running = Running(
@@ -96,7 +101,9 @@ class Recovery:
         if job.held:
             # Its client's connection died with the earlier process: wait for the end, deliver to nobody.
             running.cancel_wanted = True
-            gone = Failure(kind=FailureKind.LOST, code="client_gone", message="its client was lost in a restart")
+            gone = Failure(
+                kind=FailureKind.LOST, code="client_gone", message="its client was lost in a restart"
+            )
             await self._store.cancel(job.id, gone)
             await owner.watches[client.url].until_idle()
             return Outcome(state=JobState.CANCELLED, failure=gone)
@@ -144,10 +151,14 @@ class Recovery:
             await asyncio.sleep(max(0.05, self._quiet_seconds / 8))
 
     async def _resume(self, owner: GpuOwner, running: Running) -> bool:
-        """Take the attempt over under a new token. The record is written before asking, so that a crash here is seen."""
+        """Take the attempt over under a new token. The record is written before asking, so that a crash here
+        is seen.
+        """
         claim = self._new_claim()
         await self._node_store.put_gpu_record(
-            GpuRecord(gpu=owner.id, job=running.job.id, token=running.token, engine=running.engine, claim=claim)
+            GpuRecord(
+                gpu=owner.id, job=running.job.id, token=running.token, engine=running.engine, claim=claim
+            )
         )
         reply = await self._store.resume(
             self._lease.node,
@@ -163,7 +174,9 @@ class Recovery:
             return False
         running.token = reply.token
         await self._node_store.put_gpu_record(
-            GpuRecord(gpu=owner.id, job=running.job.id, token=running.token, engine=running.engine, claim=claim)
+            GpuRecord(
+                gpu=owner.id, job=running.job.id, token=running.token, engine=running.engine, claim=claim
+            )
         )
         return True
 

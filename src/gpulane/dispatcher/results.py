@@ -1,6 +1,7 @@
 """What is kept of a stored job's end: the result document in the store, its files in the node's data folder.
 
-Files are copied right after the end is recorded, not before: the gpu takes its next job meanwhile. Until a file is here it is
+Files are copied right after the end is recorded, not before: the gpu takes its next job meanwhile. Until a
+file is here it is
 served from the engine that made it; what a crash left uncopied is copied after the restart (docs/decisions).
 """
 
@@ -58,7 +59,9 @@ class ArtifactFolder:
         return path if path.is_file() else None
 
     async def copy(self, job: JobId, result: RecordedResult) -> None:
-        """Fetch the files of a result that are not here yet. What cannot be fetched stays on its engine, with a log line."""
+        """Fetch the files of a result that are not here yet. What cannot be fetched stays on its engine,
+        with a log line.
+        """
         wire = self._wires.get(EngineUrl(result.engine))
         if wire is None:
             return

@@ -1,4 +1,6 @@
-"""Shows the gateway's gpus, engines, queue and the place of each job, from the book and the watches. Changes nothing."""
+"""Shows the gateway's gpus, engines, queue and the place of each job, from the book and the watches. Changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Shown:
         reason = self._book.reason(job, now)
         return Place(
             position=self._book.job_place(job),
-            reason=None if reason is None else Reason(code=reason.code, text=reason.text, args=dict(reason.args)),
+            reason=None
+            if reason is None
+            else Reason(code=reason.code, text=reason.text, args=dict(reason.args)),
             estimated_start_seconds=self._book.estimated_start_seconds(job, now),
         )
 
@@ -53,9 +57,15 @@ class Shown:
         )
 
     def sticky(self, service: Service, key: str) -> EngineView | None:
-        """Rendezvous hashing: a key keeps its engine while that lives, and the others keep theirs when one goes."""
-        live = [view for view in self.engines(service) if view.state in {EngineState.READY, EngineState.LEAKING}]
-        return max(live, key=lambda view: hashlib.sha256(f"{key}\0{view.url}".encode()).digest(), default=None)
+        """Rendezvous hashing: a key keeps its engine while that lives, and the others keep theirs when one
+        goes.
+        """
+        live = [
+            view for view in self.engines(service) if view.state in {EngineState.READY, EngineState.LEAKING}
+        ]
+        return max(
+            live, key=lambda view: hashlib.sha256(f"{key}\0{view.url}".encode()).digest(), default=None
+        )
 
     def _gpu(self, owner: GpuOwner) -> GpuView:
         known = self._book.gpu_view(owner.id)

@@ -1,1 +1,3 @@
-"""Talks to engines: asks what they are and offer, runs an attempt and follows it to its proved end, interrupts, unloads, probes."""
+"""Talks to engines: asks what they are and offer, runs an attempt and follows it to its proved end,
+interrupts, unloads, probes.
+"""

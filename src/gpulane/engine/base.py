@@ -1,8 +1,12 @@
-"""The engine port: what the dispatcher asks of an engine, whatever its service. Types and prose; implementations beside it.
+"""The engine port: what the dispatcher asks of an engine, whatever its service. Types and prose;
+implementations beside it.
 
-The one rule behind all of it: a gpu is occupied from before the first byte of a job reaches an engine until the engine is
-*known* idle. `run`, `follow` and `interrupt` therefore never return because a client left, a timer ran out or a socket broke:
-they return when the engine's own word says that it is idle, or with `engine_idle=False` when the engine does not answer any
+The one rule behind all of it: a gpu is occupied from before the first byte of a job reaches an engine until
+the engine is
+*known* idle. `run`, `follow` and `interrupt` therefore never return because a client left, a timer ran out
+or a socket broke:
+they return when the engine's own word says that it is idle, or with `engine_idle=False` when the engine does
+not answer any
 more; then the gpu stays occupied until probes have answered.
 """
 
@@ -21,7 +25,9 @@ from gpulane.engine.progress import ProgressHub
 
 
 class AnswerSink(Protocol):
-    """Where the engine's answer to a held job goes. Writing never waits for the client (`relay.answer.HeldAnswer`)."""
+    """Where the engine's answer to a held job goes. Writing never waits for the client
+    (`relay.answer.HeldAnswer`).
+    """
 
     def begin(self, status: int, headers: HeaderList) -> None: ...
 
@@ -45,7 +51,8 @@ class AttemptContext:
     answer: AnswerSink | None = None
     """For held jobs; None for stored ones, whose answer comes back in the outcome."""
     cancel_wanted: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the user no longer wants the job: interrupt exactly this job, wait until the engine is idle, return."""
+    """Set when the user no longer wants the job: interrupt exactly this job, wait until the engine is idle,
+    return."""
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -147,12 +154,15 @@ class ServiceClient(Protocol):
     async def probe(self, own: frozenset[JobId], *, fresh: bool = False) -> ProbeReport:
         """Ask whether the engine lives and is idle. Raises EngineError when it does not answer in time.
 
-        `own` are the jobs that this gateway has in it. `fresh` uses a new connection (restart rule: quiet first).
+        `own` are the jobs that this gateway has in it. `fresh` uses a new connection (restart rule: quiet
+        first).
         """
         ...
 
     def known_idle(self) -> bool | None:
-        """Tell from what the engine has pushed whether it is idle now; None: it pushes nothing (or not now), so ask."""
+        """Tell from what the engine has pushed whether it is idle now; None: it pushes nothing (or not now),
+        so ask.
+        """
         ...
 
     async def describe(self) -> Description:
@@ -160,11 +170,15 @@ class ServiceClient(Protocol):
         ...
 
     async def canary(self) -> bool:
-        """Prove that the part that computes is alive (ComfyUI: a tiny prompt). True where no such proof exists."""
+        """Prove that the part that computes is alive (ComfyUI: a tiny prompt). True where no such proof
+        exists.
+        """
         ...
 
     async def run(self, attempt: AttemptContext) -> Outcome:
-        """Send the job and follow it until the engine is idle. Never raises for what an engine or client does."""
+        """Send the job and follow it until the engine is idle. Never raises for what an engine or client
+        does.
+        """
         ...
 
     async def find(self, job: JobId, *, fresh: bool = True) -> Found:

@@ -1,6 +1,8 @@
-"""Watches one engine: does it live, is it idle, what does it offer, does a stranger use it. Alone moves the engine's state.
+"""Watches one engine: does it live, is it idle, what does it offer, does a stranger use it. Alone moves the
+engine's state.
 
-A busy gpu is slow, not dead: an engine is lost only after several misses in a row, each with seconds of patience, and comes
+A busy gpu is slow, not dead: an engine is lost only after several misses in a row, each with seconds of
+patience, and comes
 back with the first answers. It never sends a job, and never touches work that it finds.
 """
 
@@ -115,8 +117,10 @@ class EngineWatch:
     async def until_idle(self) -> bool:
         """Wait until the engine is known idle (True) or its process is known gone (False).
 
-        Idle: two answered probes over new connections, `quiet_seconds` apart, since an engine may still read the request of a
-        connection that broke. Gone: refused connections over the same time. Silence proves nothing: then this waits on.
+        Idle: two answered probes over new connections, `quiet_seconds` apart, since an engine may still read
+        the request of a
+        connection that broke. Gone: refused connections over the same time. Silence proves nothing: then
+        this waits on.
         """
         idle_since: float | None = None
         refused = 0
@@ -159,7 +163,12 @@ class EngineWatch:
             return
         self.description = description
         self.state, self.why = EngineState.READY, ""
-        _log.info("engine_ready", engine=self.client.url, service=str(description.service), version=description.version)
+        _log.info(
+            "engine_ready",
+            engine=self.client.url,
+            service=str(description.service),
+            version=description.version,
+        )
         self._tell(EngineReady(engine=self.client.url, offers=description.offers))
 
     def _missed(self, error: EngineError) -> None:
@@ -178,5 +187,9 @@ class EngineWatch:
         strange = bool(set(report.strange_jobs) - own) or (not report.idle and not own)
         if strange != self._has_stranger:
             self._has_stranger = strange
-            _log.info("stranger_seen" if strange else "stranger_gone", engine=self.client.url, jobs=report.strange_jobs)
+            _log.info(
+                "stranger_seen" if strange else "stranger_gone",
+                engine=self.client.url,
+                jobs=report.strange_jobs,
+            )
             self._on_stranger(strange)

@@ -1,6 +1,7 @@
 """Hands the progress of running attempts from engine clients to whoever listens: front doors, API, dashboard.
 
-Listeners are called at once and must not wait; each keeps its own bounded buffer, so that a slow reader stops nobody.
+Listeners are called at once and must not wait; each keeps its own bounded buffer, so that a slow reader
+stops nobody.
 What is published here is never stored: facts go through the store's events.
 """
 
@@ -68,7 +69,14 @@ class ProgressHub:
 
 def _merged(before: Progress | None, now: Progress) -> Progress:
     if before is None:
-        return Progress(job=now.job, value=now.value, max=now.max, text=now.text, image=now.image, image_type=now.image_type)
+        return Progress(
+            job=now.job,
+            value=now.value,
+            max=now.max,
+            text=now.text,
+            image=now.image,
+            image_type=now.image_type,
+        )
     return Progress(
         job=now.job,
         value=before.value if now.value is None else now.value,

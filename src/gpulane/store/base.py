@@ -333,7 +333,8 @@ class Store(Protocol):
     async def cancel(self, job: JobId, failure: Failure | None = None) -> Reply:
         """End a waiting or merely claimed job now (CANCELLED); ask for the end of a running one (CANCELLING).
 
-        ENDED | UNKNOWN otherwise; CANCELLED again when it ended so while it waited. `failure` says why when it was not the user (`client_gone`).
+        ENDED | UNKNOWN otherwise; CANCELLED again when it ended so while it waited. `failure` says why when
+        it was not the user (`client_gone`).
         """
         ...
 
@@ -346,7 +347,8 @@ class Store(Protocol):
     async def claim(self, request: ClaimRequest) -> Reply:
         """Give the gpu the first candidate that can be had.
 
-        OK (job, token) | LOST | BUSY | DRAINING | HOLD | STALE (another boot, or not a gpu this node registered).
+        OK (job, token) | LOST | BUSY | DRAINING | HOLD | STALE (another boot, or not a gpu this node
+        registered).
         Of `lowest_f` the band of the claimed job counts.
         """
         ...
@@ -374,8 +376,10 @@ class Store(Protocol):
 
         Corrects F from what was charged to `used_seconds`. OK (the recorded state) | STALE | UNKNOWN. An
         expired but unrescued lease does not matter. A *late finish* (the job waits again, or its next
-        attempt is only claimed; the token is that of an attempt it made) ends the job if the outcome is success
-        and is STALE otherwise. `cancelled` that nobody wanted is recorded as failed; a job that ends otherwise
+        attempt is only claimed; the token is that of an attempt it made) ends the job if the outcome is
+        success
+        and is STALE otherwise. `cancelled` that nobody wanted is recorded as failed; a job that ends
+        otherwise
         than its engine said keeps no result.
         """
         ...
@@ -400,7 +404,8 @@ class Store(Protocol):
     ) -> Reply:
         """Go on with a started attempt under a new token. OK | GONE | BUSY | UNKNOWN | STALE (boot).
 
-        While the job is running under `token`, its lease valid or over; or once it was rescued and waits, if the
+        While the job is running under `token`, its lease valid or over; or once it was rescued and waits, if
+        the
         gpu's slot is empty (BUSY otherwise). The same claim id: the same reply.
         """
         ...

@@ -1,6 +1,8 @@
-"""What the front doors ask of the running gateway. `service` hands in the objects; the web never imports the dispatcher.
+"""What the front doors ask of the running gateway. `service` hands in the objects; the web never imports the
+dispatcher.
 
-All methods may raise the ClientErrors named; what they mean for a client is put into words by each front door.
+All methods may raise the ClientErrors named; what they mean for a client is put into words by each front
+door.
 """
 
 from __future__ import annotations
@@ -67,14 +69,17 @@ class JobsPort(Protocol):
     def hub(self) -> ProgressHub: ...
 
     async def submit(self, new: NewJob, request: EngineRequest) -> Reply:
-        """Admit and store a job; durable on return. OK or EXISTS. Raises Impossible, Throttled, Conflict, Unavailable.
+        """Admit and store a job; durable on return. OK or EXISTS. Raises Impossible, Throttled, Conflict,
+        Unavailable.
 
         `new.body` stays None: the gateway makes it from `request`.
         """
         ...
 
     async def hold(self, new: NewJob, request: EngineRequest) -> HeldCall:
-        """Admit a job whose client waits. Raises as submit does. An identical call of the account is joined."""
+        """Admit a job whose client waits. Raises as submit does. An identical call of the account is
+        joined.
+        """
         ...
 
     def answered(self, job: JobId) -> None:
@@ -95,7 +100,9 @@ class JobsPort(Protocol):
 
     async def record(self, job: JobId) -> JobRecord | None: ...
 
-    async def record_of_client(self, account: Account, service: Service, client_job_id: str) -> JobRecord | None: ...
+    async def record_of_client(
+        self, account: Account, service: Service, client_job_id: str
+    ) -> JobRecord | None: ...
 
     async def records(self, query: JobQuery) -> tuple[JobRecord, ...]: ...
 
@@ -104,7 +111,9 @@ class JobsPort(Protocol):
     async def result(self, job: JobId) -> RecordedResult | None: ...
 
     async def artifact(self, job: JobId, number: int) -> Path | None:
-        """Find the copied file of an artifact; None when it is not (or not yet, or no longer) in the data folder."""
+        """Find the copied file of an artifact; None when it is not (or not yet, or no longer) in the data
+        folder.
+        """
         ...
 
     async def forget(self, job: JobId) -> Reply:
@@ -143,7 +152,9 @@ class EnginesPort(Protocol):
         ...
 
     def sticky(self, service: Service, key: str) -> EngineView | None:
-        """The live engine that the requests of this key (an account, a page) go to; None when none is live."""
+        """The live engine that the requests of this key (an account, a page) go to; None when none is
+        live.
+        """
         ...
 
 
@@ -172,7 +183,9 @@ class Front(Protocol):
     """One service's front door."""
 
     async def respond(self, request: web.Request, target: str, identity: Identity) -> web.StreamResponse:
-        """Answer one request. `target` is origin-form (raw path and query) with any mount prefix taken off."""
+        """Answer one request. `target` is origin-form (raw path and query) with any mount prefix taken
+        off.
+        """
         ...
 
     async def close(self) -> None: ...
