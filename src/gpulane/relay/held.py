@@ -43,8 +43,8 @@ async def send_held(
 ) -> web.StreamResponse:
     """Wait for a held answer and send it from its beginning at the client's speed.
 
-    Raises what the answer failed with before its head; later a failure cuts the connection. A client that leaves
-    changes nothing for the answer or its other readers.
+    Raises what the answer failed with before its head; later a failure cuts the connection. A client that
+    leaves changes nothing for the answer or its other readers.
     """
     try:
         with ClientWatch(request):
