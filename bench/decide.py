@@ -2,8 +2,8 @@
 
     python bench/decide.py [--jobs 10000 100000] [--rounds 400]
 
-2,000 accounts (20,000 at 100,000 jobs), 87 models, 30 gpus. Each round ends one job, decides, and claims what was decided:
-the steady state of a full queue.
+2,000 accounts (20,000 at 100,000 jobs), 87 models, 30 gpus. Each round ends one job, decides, and claims
+what was decided: the steady state of a full queue.
 """
 
 from __future__ import annotations
