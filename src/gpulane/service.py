@@ -25,7 +25,6 @@ import structlog
 from aiohttp import web
 from platformdirs import user_data_path
 
-from gpulane.adapters.http.paths import HttpRules
 from gpulane.config import EngineSettings, GpuSettings, Settings
 from gpulane.config.parse import is_loopback, listen_address
 from gpulane.core.model import ClaimId, Engine, EngineUrl, Gpu, GpuId, JobId, NodeId, Service

@@ -53,7 +53,7 @@ from gpulane.dispatcher.loop import Loop
 from gpulane.dispatcher.recovery import Recovery
 from gpulane.dispatcher.results import ArtifactFolder, decode_result
 from gpulane.dispatcher.shown import Shown
-from gpulane.engine.base import Outcome, RecordedResult, ServiceClient
+from gpulane.engine.base import RecordedResult, ServiceClient
 from gpulane.engine.probe import EngineWatch
 from gpulane.engine.progress import ProgressHub
 from gpulane.errors import Conflict, GpulaneError, Impossible, StoreError, Throttled, Unavailable
@@ -130,6 +130,8 @@ class Gateway:
         self._shown = Shown(self._book, self._owners, parts.clock)
         self._spool = parts.data_folder / "spool"
         self._accepting = False
+        self._book_is_ready = False
+        self._attempts: set[asyncio.Task[None]] = set()
 
     # --- life
 
@@ -140,9 +142,10 @@ class Gateway:
         """
         self._spool.mkdir(parents=True, exist_ok=True)
         await self._begin_book()
+        work = await self._background()
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            background = [tasks.create_task(coroutine) for coroutine in await self._background()]
+            background = [tasks.create_task(coroutine) for coroutine in work]
             self._loop.start()
             self._accepting = True
             try:
@@ -268,7 +271,7 @@ class Gateway:
             spawn=self._spawn,
             book=self._book,
             policy=self._parts.policy,
-            on_end=self._ended,
+            on_result=self._copy_files,
             new_claim=self._parts.new_claim,
             clock=self._parts.clock,
         )
@@ -346,10 +349,9 @@ class Gateway:
             held.answer.fail(_why_no_answer(event))
         self._held.over(event.job)
 
-    def _ended(self, record: JobRecord, outcome: Outcome, engine: EngineUrl) -> None:
+    def _copy_files(self, job: JobId, result: RecordedResult) -> None:
         """Copy the files of a result, beside the gpu's next job."""
-        if outcome.result is not None and outcome.result.artifacts:
-            self._spawn(self._artifacts.copy(record.job.id, replace_engine(outcome.result, engine)))
+        self._spawn(self._artifacts.copy(job, result))
 
     # --- JobsPort: submitting
 
@@ -360,7 +362,7 @@ class Gateway:
         if known is not None:
             return known
         self._admit(new)
-        stored = replace_body(new, encode_request(request))
+        stored = replace(new, body=encode_request(request))
         self._remember(new, request)
         reply = await self._store.enqueue(stored, self._limits)
         if reply.code is not Code.OK:

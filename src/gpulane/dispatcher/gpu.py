@@ -15,9 +15,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import msgspec
 import structlog
 
 from gpulane.adapters.base import EngineRequest
+from gpulane.core.book import Book
 from gpulane.core.decisions import StartAttempt
 from gpulane.core.events import (
     ClaimLost,
@@ -43,9 +45,11 @@ from gpulane.core.model import (
     Seconds,
     Token,
 )
+from gpulane.core.policy import Policy
 from gpulane.core.retry import Again as RetryAgain
-from gpulane.core.retry import after_failure
-from gpulane.engine.base import AnswerSink, AttemptContext, Found, Outcome, ServiceClient
+from gpulane.core.retry import End, after_failure
+from gpulane.dispatcher.results import encode_result
+from gpulane.engine.base import AnswerSink, AttemptContext, Found, Outcome, RecordedResult, ServiceClient
 from gpulane.engine.probe import EngineWatch
 from gpulane.engine.progress import ProgressHub
 from gpulane.errors import EngineError, StoreError
@@ -113,8 +117,9 @@ class GpuOwner:
         hub: ProgressHub,
         tell: Callable[[LocalEvent], None],
         spawn: Callable[[Coroutine[object, object, None]], None],
-        retry: RetryAdvice,
-        on_end: Callable[[JobRecord, Outcome, EngineUrl], None],
+        book: Book,
+        policy: Policy,
+        on_result: Callable[[JobId, RecordedResult], None],
         new_claim: Callable[[], ClaimId],
         clock: Callable[[], float],
     ) -> None:
@@ -132,8 +137,9 @@ class GpuOwner:
         self._hub = hub
         self._tell = tell
         self._spawn = spawn
-        self._retry = retry
-        self._on_end = on_end
+        self._book = book
+        self._policy = policy
+        self._on_result = on_result
         self._new_claim = new_claim
         self._clock = clock
         self._reasons: dict[str, str] = {}
@@ -340,7 +346,9 @@ class GpuOwner:
         if reply.code is Code.STALE:
             _log.warning("late_result", job=running.job.id, gpu=self.id)
         elif not isinstance(again, RetryAgain):
-            self._on_end(record, outcome, running.engine)
+            result = _placed(outcome, running.engine)
+            if result is not None and result.artifacts:
+                self._on_result(running.job.id, result)
 
     async def _finish(
         self, running: Running, outcome: Outcome, failure: Failure | None, used: Seconds
@@ -351,7 +359,7 @@ class GpuOwner:
             state=outcome.state if failure is None else JobState.FAILED,
             failure=failure,
             used_seconds=used,
-            result=encode_result(outcome.result),
+            result=encode_result(_placed(outcome, running.engine)),
         )
 
     def _judged(self, running: Running, outcome: Outcome) -> Failure | None:
@@ -367,9 +375,17 @@ class GpuOwner:
         """A held call whose client has been told something already cannot begin anew."""
         return answer is None or not getattr(answer, "status", 0)
 
-    def _advise(self, running: Running, record: JobRecord, failure: Failure) -> RetryAgain | Failure:
-        return self._retry(
-            running.job, running.attempts + 1, failure, record.avoid, self.id, self._random.random()
+    def _advise(self, running: Running, record: JobRecord, failure: Failure) -> RetryAgain | End:
+        killed = sum(a.failure is not None and a.failure.killed_engine for a in record.attempts)
+        return after_failure(
+            running.job,
+            failure,
+            attempts=running.attempts + 1,
+            kills=killed + failure.killed_engine,
+            avoid=record.avoid,
+            gpu=self.id,
+            policy=self._policy,
+            jitter=self._random.random(),
         )
 
     # --- entering and leaving
@@ -460,6 +476,10 @@ class GpuOwner:
             self._tell(LoadMeasured(gpu=self.id, model=model, seconds=outcome.load_seconds))
         if outcome.state is JobState.SUCCEEDED and outcome.service_seconds > 0:
             self._tell(ServiceMeasured(job=running.job, gpu=self.id, seconds=outcome.service_seconds))
+
+
+def _placed(outcome: Outcome, engine: EngineUrl) -> RecordedResult | None:
+    return None if outcome.result is None else msgspec.structs.replace(outcome.result, engine=engine)
 
 
 _UNKNOWN: Final = Failure(kind=FailureKind.ENGINE, code="unknown", message="the attempt failed")

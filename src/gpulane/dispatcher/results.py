@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,7 +91,7 @@ class ArtifactFolder:
                     if size > ARTIFACT_BYTES_MAX:
                         raise EngineError(f"{target} is over {ARTIFACT_BYTES_MAX} bytes")
                     file.write(chunk)
-            os.replace(part, path)
+            part.replace(path)
         finally:
             with contextlib.suppress(EngineError):
                 await response.close()
