@@ -42,13 +42,15 @@ from gpulane.store.memory import MemoryStore
 from gpulane.store.node import NodeStore
 from gpulane.store.sqlite import SqliteStore
 from gpulane.web.a1111 import A1111Front
-from gpulane.web.app import build_app
+from gpulane.web.app import build_app, make_runner
 from gpulane.web.comfyui import ComfyUIFront
 from gpulane.web.http_service import HttpFront
 from gpulane.web.ports import Front, WebContext
 from gpulane.wire.client import EngineClient
 
 GIB: Final = 1024**3
+ENGINE_CONNECTIONS_MAX: Final = 512
+"""A slow download holds a connection while it streams; slow readers must not keep others from the engine."""
 SHUTDOWN_SECONDS: Final = 5.0
 """How long answers may take to leave after everything has ended."""
 
@@ -103,7 +105,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         stack.callback(locks.release)
         for gpu in gpus:
             locks.own(gpu.name)
-        wires = {engine.url: EngineClient(engine.url) for gpu in gpus for engine in gpu.engines}
+        wires = {engine.url: EngineClient(engine.url, connections_max=ENGINE_CONNECTIONS_MAX) for gpu in gpus for engine in gpu.engines}
         for wire in wires.values():
             stack.push_async_callback(wire.close)
         clients = {e.url: _client(e, wires[e.url], settings) for gpu in gpus for e in gpu.engines}
@@ -291,7 +293,7 @@ def _listeners(settings: Settings) -> list[tuple[str, str, Service | str | None]
 
 async def _bind(name: str, app: web.Application, address: str, stack: contextlib.AsyncExitStack) -> str:
     host, port = listen_address(address)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+    runner = make_runner(app, shutdown_seconds=SHUTDOWN_SECONDS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     site = web.TCPSite(runner, host, port, backlog=1024)
