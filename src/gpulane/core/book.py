@@ -9,6 +9,7 @@ process knows (engines, models, measurements, claims under way) outlives it.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import assert_never
 
 from gpulane.core import standing
@@ -27,6 +28,7 @@ from gpulane.core.events import (
     GpuFreed,
     GpuOccupied,
     GpuRemoved,
+    HolderAway,
     JobClaimed,
     JobEnded,
     JobPrioritised,
@@ -385,6 +387,9 @@ class Book:
                 self._propose(event)
             case ClaimLost():
                 self._claim_lost(event, now)
+            case HolderAway():
+                if (entry := self.waiting.entries.get(event.job)) is not None:
+                    self.waiting.rest(entry, inf if event.away else now, now)
             case _:
                 assert_never(event)
 
@@ -485,7 +490,7 @@ class Book:
         if entry is not None and entry.claim == gpu:
             entry.claim = None
             self._drop_provisional(entry.job, gpu)
-            self.waiting.offer(entry)
+            self.waiting.rest_or_offer(entry, self.now)
 
     def _drop_provisional(self, job: Job, gpu: GpuId) -> None:
         tab = self.waiting.tab(job.band, job.account)

@@ -1,9 +1,8 @@
 """What has happened, in the past tense, one class per fact.
 
 Two sources. *Store events* carry `n`, the store's dense event number, and tell what became of jobs: every
-node sees the same
-ones in the same order. *Local events* tell what this process learned of gpus and engines (probes, claims
-under way).
+node sees the same ones in the same order. *Local events* tell what this process learned of gpus and engines
+(probes, claims under way) and of the clients that wait here.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from gpulane.core.model import (
 )
 
 # --- store events: facts about jobs
-# ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +185,6 @@ StoreEvent = (
 )
 
 # --- local events: facts about gpus, engines and claims under way
-# --------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +283,14 @@ class ClaimLost:
     """Leave this gpu alone for so long (a hold, an unknown token in its slot)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HolderAway:
+    """The client of a held job left (`away`), or came back: the job keeps its place but is not started meanwhile."""
+
+    job: JobId
+    away: bool
+
+
 LocalEvent = (
     GpuAdded
     | GpuRemoved
@@ -298,13 +303,13 @@ LocalEvent = (
     | ServiceMeasured
     | ClaimProposed
     | ClaimLost
+    | HolderAway
 )
 
 Event = StoreEvent | LocalEvent
 
 
 # --- the whole picture, from which a book starts
-# --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

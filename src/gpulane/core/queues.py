@@ -183,10 +183,23 @@ class Waiting:
         """Takes a job in; it is offered at once unless it still rests."""
         self.entries[entry.job.id] = entry
         entry.group.members += 1
+        self.rest_or_offer(entry, now)
+
+    def rest_or_offer(self, entry: WaitingEntry, now: Seconds) -> None:
         if entry.not_before > now:
             insort(self.resting, (entry.not_before, entry.job.arrival, entry.job.id))
         else:
             self.offer(entry)
+
+    def rest(self, entry: WaitingEntry, until: Seconds, now: Seconds) -> None:
+        """Moves the time from which a job is offered; one being claimed keeps to it if the claim is lost."""
+        if entry.offered:
+            self.withdraw(entry)
+        elif entry.claim is None:
+            self._stop_resting(entry)
+        entry.not_before = until
+        if entry.claim is None:
+            self.rest_or_offer(entry, now)
 
     def remove(self, job: JobId) -> WaitingEntry:
         entry = self.entries.pop(job)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from math import ceil
+from math import ceil, inf
 from typing import Final, NamedTuple, Protocol
 
 from gpulane.core.attempts import ActiveEntry
@@ -127,6 +127,8 @@ def explain(facts: Facts, job: JobId, position: int | None, now: Seconds) -> Rea
         return None
     if facts.paused:
         return reason("queue_paused")
+    if entry.not_before == inf:
+        return reason("client_away")
     if entry.not_before > now:
         return reason("resting_after_failure", attempts=entry.attempts, seconds=ceil(entry.not_before - now))
     if entry.claim is not None:
