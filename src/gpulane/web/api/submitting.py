@@ -1,0 +1,133 @@
+"""POST jobs: reads a native request and has the service's adapter understand it."""
+
+from __future__ import annotations
+
+from gpulane.adapters.a1111 import catalogue as a1111_catalogue
+from gpulane.adapters.a1111 import requests as a1111_requests
+from gpulane.adapters.a1111.routes import JOB_POSTS
+from gpulane.adapters.base import Recognized
+from gpulane.adapters.comfyui.catalog import Combos, read_catalog
+from gpulane.adapters.comfyui.prompt import PromptLimits, parse_prompt
+from gpulane.core.model import Band, JobId, Service
+from gpulane.errors import BadRequest
+from gpulane.store.base import NewJob
+from gpulane.web.api.asked import Asked, is_at_least
+from gpulane.web.api.documents import NewJobRequest, Priority
+from gpulane.web.bodies import MIB, decode, suggestion
+from gpulane.web.intake import Wishes, new_job
+from gpulane.web.ports import EnginesPort, Role, WebContext
+
+_ENDPOINTS = {path.removeprefix("/sdapi/v1/"): path for path in JOB_POSTS if path.startswith("/sdapi/v1/")}
+_BANDS = {band.name.lower(): band for band in Band}
+PRIORITY_MAX = 1_000_000
+KEY_CHARS_MAX = 200
+
+
+class Submissions:
+    """Understands native requests; remembers the merged lists of the engines until one of them changes."""
+
+    def __init__(self, context: WebContext) -> None:
+        self._context = context
+        self._offers = Offers(context.engines)
+
+    def understand(self, body: bytes, asked: Asked) -> tuple[NewJob, Recognized]:
+        """Make a job of a body. Raises ClientErrors that say what to change."""
+        wanted = decode(body, NewJobRequest)
+        for name, value in (("webhook", wanted.webhook), ("deadline_seconds", wanted.deadline_seconds)):
+            if bytes(value) not in {b"", b"null"}:
+                raise BadRequest(f"{name} is not supported yet.", hint="Leave it out.", code="not_supported")
+        job_id = self._context.new_job_id()
+        match wanted.service:
+            case "comfyui":
+                service, recognized = Service.COMFYUI, self._workflow(wanted, job_id)
+            case "a1111":
+                is_admin = is_at_least(asked.identity, Role.ADMIN)
+                service, recognized = Service.A1111, self._payload(wanted, job_id, is_admin=is_admin)
+        band, priority = band_and_priority(wanted.priority)
+        wishes = Wishes(
+            band=Band.NORMAL if band is None else band,
+            priority=priority,
+            labels=frozenset(wanted.labels),
+            max_attempts=wanted.max_attempts,
+            idempotency_key=_key(wanted, asked),
+        )
+        attempts_max = self._context.settings.retry.attempts_max
+        new = new_job(job_id, service, recognized, asked.identity, attempts_max=attempts_max, wishes=wishes)
+        return new, recognized
+
+    def _workflow(self, wanted: NewJobRequest, job_id: JobId) -> Recognized:
+        if not bytes(wanted.workflow):
+            raise BadRequest(
+                "workflow is missing.", hint="Give the workflow in API format.", code="bad_field"
+            )
+        if bytes(wanted.payload) or wanted.endpoint:
+            raise BadRequest("endpoint and payload belong to a1111.", code="bad_field")
+        limits = PromptLimits(body_bytes_max=int(self._context.settings.limits.workflow_mib * MIB))
+        body = b'{"prompt":' + bytes(wanted.workflow) + b"}"
+        return parse_prompt(body, job=job_id, limits=limits, combos=self._offers.combos())
+
+    def _payload(self, wanted: NewJobRequest, job_id: JobId, *, is_admin: bool) -> Recognized:
+        if bytes(wanted.workflow):
+            raise BadRequest("workflow belongs to comfyui.", code="bad_field")
+        path = _ENDPOINTS.get(wanted.endpoint)
+        if path is None:
+            hint = suggestion(wanted.endpoint, list(_ENDPOINTS))
+            raise BadRequest(f"endpoint {wanted.endpoint!r} is no job.", hint=hint, code="bad_field")
+        context = a1111_requests.RequestContext(
+            job=job_id, catalogue=self._offers.catalogue(), is_admin=is_admin
+        )
+        return a1111_requests.recognize(path, bytes(wanted.payload) or b"{}", context)
+
+
+class Offers:
+    """What the engines of a service offer together, read again only when one of them says something new."""
+
+    def __init__(self, engines: EnginesPort) -> None:
+        self._engines = engines
+        self._combos: tuple[tuple[str, ...], Combos] = ((), frozenset())
+        self._catalogue: tuple[tuple[str, ...], a1111_catalogue.Catalogue] = ((), a1111_catalogue.Catalogue())
+
+    def combos(self) -> Combos:
+        """Return which inputs of ComfyUI's nodes name models."""
+        told = self._told(Service.COMFYUI)
+        if tuple(told) != self._combos[0]:
+            found: set[tuple[str, str]] = set()
+            for documents in told.values():
+                try:
+                    found |= read_catalog(documents.get("object_info", b"{}")).combos
+                except ValueError:
+                    continue  # its probe will have said so
+            self._combos = (tuple(told), frozenset(found))
+        return self._combos[1]
+
+    def catalogue(self) -> a1111_catalogue.Catalogue:
+        """Return the merged lists of the A1111 engines."""
+        told = self._told(Service.A1111)
+        if tuple(told) != self._catalogue[0]:
+            read = [a1111_catalogue.read_catalogue(documents) for documents in told.values()]
+            self._catalogue = (tuple(told), a1111_catalogue.merged(read))
+        return self._catalogue[1]
+
+    def _told(self, service: Service) -> dict[str, dict[str, bytes]]:
+        views = [engine.description for engine in self._engines.engines(service)]
+        return {about.digest: about.documents for about in views if about is not None}
+
+
+def band_and_priority(priority: Priority) -> tuple[Band | None, int]:
+    """Read a priority: a name is a band, a number an order inside the band (None: unchanged)."""
+    match priority:
+        case int():
+            if abs(priority) > PRIORITY_MAX:
+                raise BadRequest(f"priority is a number up to {PRIORITY_MAX}.", code="bad_field")
+            return None, priority
+        case name:
+            return _BANDS[name], 0
+
+
+def _key(wanted: NewJobRequest, asked: Asked) -> str | None:
+    header = asked.request.headers.get("Idempotency-Key")
+    if header is not None and not 0 < len(header) <= KEY_CHARS_MAX:
+        raise BadRequest(f"Idempotency-Key has 1 to {KEY_CHARS_MAX} characters.", code="bad_header")
+    if header and wanted.idempotency_key and header != wanted.idempotency_key:
+        raise BadRequest("Idempotency-Key and idempotency_key differ.", code="bad_header")
+    return header or wanted.idempotency_key

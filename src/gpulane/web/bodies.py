@@ -1,0 +1,73 @@
+"""Reads a request's body whole, within a limit; JSON into types with errors that say what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Final, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from gpulane.errors import BadRequest, TooLarge
+from gpulane.web.errors import UnsupportedMedia
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+MIB: Final = 1024 * 1024
+_UNKNOWN_FIELD: Final = re.compile(r"unknown field `(?P<field>[^`]*)`")
+
+
+async def read_body(request: web.Request, bytes_max: int) -> bytes:
+    """Return the body. Raises TooLarge as soon as it is known, UnsupportedMedia for a compressed one."""
+    encoding = request.headers.get("Content-Encoding", "identity").lower()
+    if encoding != "identity":
+        raise UnsupportedMedia(
+            f"A body in {encoding} is not taken here.", hint="Send it without Content-Encoding."
+        )
+    if (request.content_length or 0) > bytes_max:
+        raise _too_large(bytes_max)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        while piece := await request.content.readany():
+            size += len(piece)
+            if size > bytes_max:
+                raise _too_large(bytes_max)
+            pieces.append(piece)
+    except web.RequestPayloadError as error:
+        raise BadRequest("The body is broken off or badly framed.") from error
+    return b"".join(pieces)
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """Read JSON into a Struct. Raises BadRequest."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), kind) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"The body is not JSON: {error}.", code="bad_json") from error
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """Name the nearest known word, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
+
+
+def _explained(message: str, kind: type[msgspec.Struct]) -> BadRequest:
+    found = _UNKNOWN_FIELD.search(message)
+    if found:
+        return BadRequest(
+            f"Unknown field {found['field']!r}.",
+            hint=suggestion(found["field"], list(kind.__struct_encode_fields__)),
+            code="unknown_field",
+        )
+    return BadRequest(f"{message}.", code="bad_field")
+
+
+def _too_large(bytes_max: int) -> TooLarge:
+    return TooLarge(
+        f"The body is over the limit of {bytes_max / MIB:g} MiB.", hint="limits.body_mib sets it."
+    )
