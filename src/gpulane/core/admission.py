@@ -111,4 +111,4 @@ def closest(name: str, names: list[str]) -> list[str]:
 
 def offers_of(book: Book, service: Service) -> frozenset[str]:
     engines = (e for gpu in book.gpus.values() for e in gpu.engines.values())
-    return frozenset().union(*(e.offers or () for e in engines if e.engine.service is service))
+    return frozenset[str]().union(*(e.offers or () for e in engines if e.engine.service is service))

@@ -30,6 +30,7 @@ from gpulane.core.events import (
     ModelSeen,
     ServiceMeasured,
 )
+from gpulane.core.gpus import able_engines
 from gpulane.core.model import (
     NO_MODEL,
     ClaimId,
@@ -337,7 +338,8 @@ class GpuOwner:
                         used_seconds=used,
                     )
                 else:
-                    reply = await self._finish(running, outcome, failure, used)
+                    ended_by = again.failure if isinstance(again, End) else failure
+                    reply = await self._finish(running, outcome, ended_by, used)
                 break
             except StoreError as error:
                 _log.error("end_not_recorded", job=running.job.id, gpu=self.id, why=error.message)
@@ -380,13 +382,18 @@ class GpuOwner:
         return after_failure(
             running.job,
             failure,
-            attempts=running.attempts + 1,
-            kills=killed + failure.killed_engine,
+            attempts_counted=running.attempts + 1,
+            engine_kills_before=killed,
             avoid=record.avoid,
             gpu=self.id,
+            eligible=self._eligible(running.job),
             policy=self._policy,
             jitter=self._random.random(),
         )
+
+    def _eligible(self, job: Job) -> frozenset[GpuId]:
+        key = self._book.class_key(job)
+        return frozenset(gpu for gpu, facts in self._book.gpus.items() if able_engines(key, facts))
 
     # --- entering and leaving
 
@@ -473,7 +480,11 @@ class GpuOwner:
         if model:
             self._tell(ModelSeen(gpu=self.id, engine=running.engine, model=model))
         if outcome.load_seconds is not None and model:
-            self._tell(LoadMeasured(gpu=self.id, model=model, seconds=outcome.load_seconds))
+            self._tell(
+                LoadMeasured(
+                    gpu=self.id, model=model, seconds=outcome.load_seconds, service=running.job.service
+                )
+            )
         if outcome.state is JobState.SUCCEEDED and outcome.service_seconds > 0:
             self._tell(ServiceMeasured(job=running.job, gpu=self.id, seconds=outcome.service_seconds))
 

@@ -43,7 +43,7 @@ from gpulane.store.base import (
     Reply,
     Retention,
 )
-from gpulane.store.records import Row, record_of
+from gpulane.store.records import Row, check_storable, matches, record_of
 from gpulane.store.tables import Tables
 
 R = TypeVar("R")
@@ -112,6 +112,7 @@ class MemoryStore:
     # -- submission and its end by the user
 
     async def enqueue(self, new: NewJob, limits: QueueLimits) -> Reply:
+        check_storable(new)
         reply = transitions.enqueue(self._now_open(), new, limits, self._clock())
         if reply.code is Code.OK:
             self._metas[new.job.id] = new.meta
@@ -276,13 +277,3 @@ class MemoryStore:
         self._archive.drop(job)
         for kept in (self._metas, self._bodies, self._results):
             kept.pop(job, None)
-
-
-def matches(row: Row, query: JobQuery) -> bool:
-    job = row.job
-    return (
-        (query.account is None or job.account == query.account)
-        and (not query.states or row.state in query.states)
-        and (query.service is None or job.service == query.service)
-        and (query.before is None or job.arrival < query.before)
-    )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+import msgspec
+
 from gpulane.core.model import (
     ENDED,
     Account,
@@ -24,7 +26,8 @@ from gpulane.core.model import (
     Service,
     Token,
 )
-from gpulane.store.base import AttemptRecord, JobRecord
+from gpulane.errors import BadRequest
+from gpulane.store.base import AttemptRecord, JobQuery, JobRecord, NewJob
 
 ATTEMPTS_KEPT: Final = 16
 """How many attempts a record remembers; the oldest are forgotten first, their count is not."""
@@ -118,6 +121,14 @@ class Node:
     """Never durable: a store that was away knows of nobody that he lives."""
 
 
+def check_storable(new: NewJob) -> None:
+    """Refuse text that is none: headers may carry bytes that no UTF-8 stands for, and no disk would take them."""
+    try:
+        msgspec.json.encode((new.job, new.digest, new.client_job_id, new.idempotency_key))
+    except UnicodeEncodeError:
+        raise BadRequest("the job's ids and names must be UTF-8 text") from None
+
+
 def record_of(row: Row, meta: bytes) -> JobRecord:
     """Return what is shown of a job."""
     grant = row.grant
@@ -158,4 +169,14 @@ def attempt_record_of(attempt: Attempt) -> AttemptRecord:
         started_at=attempt.started_at,
         ended_at=attempt.ended_at,
         failure=attempt.failure,
+    )
+
+
+def matches(row: Row, query: JobQuery) -> bool:
+    job = row.job
+    return (
+        (query.account is None or job.account == query.account)
+        and (not query.states or row.state in query.states)
+        and (query.service is None or job.service == query.service)
+        and (query.before is None or job.arrival < query.before)
     )

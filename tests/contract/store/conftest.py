@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 
 from gpulane.store.memory import MemoryStore
+from gpulane.store.sqlite import SqliteStore
 from tests.contract.store.ground import Clock, Ground
 
-KINDS = ("memory",)
+KINDS = ("memory", "sqlite")
 
 
 def make_ground(kind: str, folder: Path) -> Ground:
     clock = Clock()
-    assert kind == "memory"
-    return Ground(store=MemoryStore(clock), clock=clock)
+    if kind == "memory":
+        return Ground(store=MemoryStore(clock), clock=clock)
+    return Ground(store=SqliteStore(folder, clock), clock=clock, folder=folder)
 
 
 @pytest.fixture(params=KINDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,8 +78,7 @@ class Ground:
     store: Store
     clock: Clock
     folder: Path | None = None
-    reopen: Callable[[], Store] | None = None
-    """Makes a second store of the same data; None where nothing is durable."""
+    """Where it keeps its data; None where nothing is durable."""
     events: list[StoreEvent] = field(default_factory=list[StoreEvent])
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 

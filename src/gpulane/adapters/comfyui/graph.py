@@ -185,16 +185,20 @@ def model_of(graph: Graph) -> ModelKey:
     """Name what the workflow loads onto the card; several are joined, sorted. A loader that nobody reads is
     not run.
     """
-    names: set[str] = set()
-    readers = _readers(graph)
-    for name, node in graph.items():
-        if name in readers:
-            found = (
-                _resolved(graph, node, key)
-                for key in CHECKPOINT_INPUTS & (node.values.keys() | node.links.keys())
-            )
-            names.update(value for value in found if isinstance(value, str) and value)
+    names = {value for name in loaders_of(graph) for value in _model_names(graph, graph[name])}
     return ModelKey(" + ".join(sorted(names))) if names else NO_MODEL
+
+
+def loaders_of(graph: Graph) -> tuple[str, ...]:
+    """List the nodes that load what fills the card."""
+    readers = _readers(graph)
+    return tuple(name for name, node in graph.items() if name in readers and _model_names(graph, node))
+
+
+def _model_names(graph: Graph, node: Node) -> list[str]:
+    inputs = CHECKPOINT_INPUTS & (node.values.keys() | node.links.keys())
+    found = (_resolved(graph, node, key) for key in inputs)
+    return [value for value in found if isinstance(value, str) and value]
 
 
 def needs_of(graph: Graph, combos: Combos) -> frozenset[str]:

@@ -16,7 +16,7 @@ import msgspec
 
 from gpulane.adapters.base import EngineRequest, Recognized
 from gpulane.adapters.comfyui.catalog import Combos
-from gpulane.adapters.comfyui.graph import Graph, Node, Scalar, model_of, needs_of, signature_of, work_of
+from gpulane.adapters.comfyui.graph import Graph, Node, Scalar, loaders_of, model_of, needs_of, signature_of, work_of
 from gpulane.adapters.comfyui.refusals import PromptRefused
 from gpulane.core.model import JobId
 from gpulane.errors import TooLarge
@@ -57,6 +57,8 @@ class PromptMeta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     only."""
     secrets: tuple[str, ...] = ()
     """Names (never values) of the secrets in extra_data."""
+    loaders: tuple[str, ...] = ()
+    """Ids of the nodes that load the model: what they take is load time, not service time."""
 
 
 def read_meta(meta: bytes) -> PromptMeta:
@@ -84,7 +86,7 @@ def parse_prompt(
         if not secrets
         else msgspec.json.encode(_Rebuilt(prompt=nodes, extra_data=public, partial_execution_targets=targets))
     )
-    meta = _meta(wire, secrets, limits)
+    meta = _meta(wire, secrets, loaders_of(graph), limits)
     return Recognized(
         kind="prompt",
         request=EngineRequest(
@@ -268,7 +270,9 @@ def _targets(raw: msgspec.Raw) -> list[str] | None:
     return targets
 
 
-def _meta(wire: _Wire, secrets: tuple[str, ...], limits: PromptLimits) -> PromptMeta:
+def _meta(
+    wire: _Wire, secrets: tuple[str, ...], loaders: tuple[str, ...], limits: PromptLimits
+) -> PromptMeta:
     number = _float(wire.number)
     return PromptMeta(
         client_id=_id(wire.client_id, "client_id", limits),
@@ -276,6 +280,7 @@ def _meta(wire: _Wire, secrets: tuple[str, ...], limits: PromptLimits) -> Prompt
         number=number,
         priority=1 if wire.front is True or (number is not None and number < 0) else 0,
         secrets=secrets,
+        loaders=loaders,
     )
 
 

@@ -156,9 +156,11 @@ class SimComfyUI:
         app.middlewares.append(self._guard)
         modern = self.version == MODERN_VERSION
         for prefix in ("", "/api"):
-            add = app.router.add_route
             for method, path, handler in self._routes():
-                add(method, prefix + path, handler)
+                if method == "GET":
+                    app.router.add_get(prefix + path, handler)  # which answers HEAD too
+                else:
+                    app.router.add_route(method, prefix + path, handler)
         if modern:
             for prefix in ("/api", "/api/api"):
                 app.router.add_get(prefix + "/jobs", self._get_jobs)
