@@ -104,7 +104,7 @@ def choose(terms: Terms, order: FairOrder, free: FreeGpus) -> Choice | None:
             if warm:
                 return chosen(terms, order, head, fastest(warm), "1")
             first, low = head, head[0]
-        elif warm and head[0] <= low + slack(terms, head, warm[0]):  # rule 1
+        elif warm and head[0] <= low + slack(terms, head, fastest(warm)):  # rule 1
             return chosen(terms, order, head, fastest(warm), "1")
         elif head[0] > low + terms.slack_cap_seconds:
             break
