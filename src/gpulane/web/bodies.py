@@ -18,10 +18,10 @@ MIB: Final = 1024 * 1024
 _UNKNOWN_FIELD: Final = re.compile(r"unknown field `(?P<field>[^`]*)`")
 
 
-async def read_body(request: web.Request, bytes_max: int) -> bytes:
-    """Return the body. Raises TooLarge as soon as it is known, UnsupportedMedia for a compressed one."""
+async def read_body(request: web.Request, bytes_max: int, *, may_be_encoded: bool = False) -> bytes:
+    """Return the body as it came. Raises TooLarge as soon as it is known, UnsupportedMedia when compressed."""
     encoding = request.headers.get("Content-Encoding", "identity").lower()
-    if encoding != "identity":
+    if encoding != "identity" and not may_be_encoded:
         raise UnsupportedMedia(
             f"A body in {encoding} is not taken here.", hint="Send it without Content-Encoding."
         )
