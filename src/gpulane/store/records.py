@@ -122,7 +122,9 @@ class Node:
 
 
 def check_storable(new: NewJob) -> None:
-    """Refuse text that is none: headers may carry bytes that no UTF-8 stands for, and no disk would take them."""
+    """Refuse text that is none: headers may carry bytes that no UTF-8 stands for, and no disk would take
+    them.
+    """
     try:
         msgspec.json.encode((new.job, new.digest, new.client_job_id, new.idempotency_key))
     except UnicodeEncodeError:
