@@ -16,7 +16,16 @@ import msgspec
 
 from gpulane.adapters.base import EngineRequest, Recognized
 from gpulane.adapters.comfyui.catalog import Combos
-from gpulane.adapters.comfyui.graph import Graph, Node, Scalar, loaders_of, model_of, needs_of, signature_of, work_of
+from gpulane.adapters.comfyui.graph import (
+    Graph,
+    Node,
+    Scalar,
+    loaders_of,
+    model_of,
+    needs_of,
+    signature_of,
+    work_of,
+)
 from gpulane.adapters.comfyui.refusals import PromptRefused
 from gpulane.core.model import JobId
 from gpulane.errors import TooLarge

@@ -1,0 +1,94 @@
+"""What a ComfyUI says of itself: nodes, models, version, memory."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from hashlib import sha256
+from urllib.parse import quote
+
+import msgspec
+
+from gpulane.adapters.comfyui.catalog import as_dict, as_list, read_catalog
+from gpulane.core.model import Service
+from gpulane.engine.base import Description
+from gpulane.engine.comfyui.api import EngineApi
+from gpulane.errors import EngineError
+
+FOLDERS_MAX = 200
+AT_ONCE_MAX = 4
+"""Documents asked for at one time: /object_info alone blocks the engine's loop for 200 ms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vram:
+    """Memory of the engine's card, as the engine tells it."""
+
+    bytes_free: int | None
+    bytes_total: int | None
+
+
+async def describe(api: EngineApi) -> Description:
+    """Fetch all of it. Raises EngineError; what only some versions have may be missing."""
+    documents = {"object_info": await api.get("/object_info"), "system_stats": await api.get("/system_stats")}
+    try:
+        catalog = await asyncio.to_thread(read_catalog, documents["object_info"])
+        system = as_dict(as_dict(msgspec.json.decode(documents["system_stats"])).get("system"))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise EngineError(f"{api.url} is no ComfyUI: {error}") from error
+    for name in ("features", "embeddings", "models"):
+        documents |= await _optional(api, name)
+    documents |= await _model_lists(api, documents.get("models", b"[]"))
+    version = system.get("comfyui_version")
+    text = "\n".join([str(version), documents.get("features", b"").decode(), *sorted(catalog.offers)])
+    return Description(
+        service=Service.COMFYUI,
+        flavor="comfyui",
+        version=version if isinstance(version, str) else "",
+        offers=catalog.offers,
+        documents=documents,
+        digest=sha256(text.encode()).hexdigest(),
+    )
+
+
+async def _optional(api: EngineApi, name: str) -> dict[str, bytes]:
+    answer = await api.ask("GET", f"/{name}")
+    return {name: answer.body} if answer.status == 200 else {}
+
+
+async def _model_lists(api: EngineApi, models: bytes) -> dict[str, bytes]:
+    """Fetch /models/{folder} for each folder, as `models/NAME`."""
+    try:
+        folders = [name for name in as_list(msgspec.json.decode(models)) if isinstance(name, str)]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    limit = asyncio.Semaphore(AT_ONCE_MAX)
+    lists: dict[str, bytes] = {}
+
+    async def fetch(folder: str) -> None:
+        async with limit:
+            answer = await api.ask("GET", f"/models/{quote(folder, safe='')}")
+        if answer.status == 200:
+            lists[f"models/{folder}"] = answer.body
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for folder in folders[:FOLDERS_MAX]:
+                tasks.create_task(fetch(folder))
+    except* EngineError as group:
+        raise group.exceptions[0] from None
+    return dict(sorted(lists.items()))
+
+
+def read_vram(system_stats: bytes) -> Vram:
+    """Read the first device of /system_stats; the engine tells of its current one only."""
+    try:
+        devices = as_list(as_dict(msgspec.json.decode(system_stats)).get("devices"))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        devices = []
+    device = as_dict(devices[0]) if devices else {}
+    free, total = device.get("vram_free"), device.get("vram_total")
+    return Vram(
+        bytes_free=free if isinstance(free, int) else None,
+        bytes_total=total if isinstance(total, int) else None,
+    )
