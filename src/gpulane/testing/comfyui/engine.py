@@ -315,7 +315,7 @@ class SimComfyUI:
         if "number" in body:
             return float(body["number"])
         number = self._number
-        if body.get("front"):
+        if "front" in body and body["front"]:  # noqa: RUF019 - it may be a list, without get
             number = -number
         self._number += 1
         return number

@@ -15,7 +15,15 @@ from gpulane.testing.card import Json
 CLASSIC_VERSION: Final = "0.3.64"
 MODERN_VERSION: Final = "0.27.0"
 
-_MODERN_KEYS: Final = ("has_intermediate_output", "search_aliases", "essentials_category")
+_MODERN_KEYS: Final = (
+    "dev_only",
+    "essentials_category",
+    "has_intermediate_output",
+    "is_input_list",
+    "output_matchtypes",
+    "price_badge",
+    "search_aliases",
+)
 """Keys of an entry that the old version does not have."""
 
 _LIST_INPUTS: Final = {
@@ -113,6 +121,8 @@ class NodeTable:
         if self.version == CLASSIC_VERSION:
             for key in _MODERN_KEYS:
                 entry.pop(key, None)
+            if entry["output_node"]:
+                entry |= {"output": [], "output_is_list": [], "output_name": []}
 
     def __contains__(self, class_type: object) -> bool:
         return class_type in self._entries
