@@ -17,7 +17,7 @@ import structlog
 
 from gpulane.core.model import ClaimId, Failure, FailureKind, JobState, Token
 from gpulane.dispatcher.gpu import GpuOwner, NodeLease, Payloads, Running
-from gpulane.engine.base import AttemptContext, Found, Outcome, ServiceClient
+from gpulane.engine.base import AttemptContext, Found, Outcome, ServiceClient, is_refused
 from gpulane.engine.probe import REFUSALS_FOR_DEAD
 from gpulane.engine.progress import ProgressHub
 from gpulane.errors import EngineError
@@ -141,7 +141,7 @@ class Recovery:
                 refused = 0
             except EngineError as error:
                 answered_at = None
-                if error.code == "connect_failed":
+                if is_refused(error):
                     refused += 1
                     refused_since = now if refused == 1 else refused_since
                     if refused >= REFUSALS_FOR_DEAD and now - refused_since >= self._quiet_seconds:

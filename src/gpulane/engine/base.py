@@ -22,6 +22,12 @@ import msgspec
 from gpulane.adapters.base import EngineRequest, HeaderList
 from gpulane.core.model import NO_MODEL, EngineUrl, Failure, Job, JobId, JobState, ModelKey, Seconds, Service
 from gpulane.engine.progress import ProgressHub
+from gpulane.errors import EngineError
+
+
+def is_refused(error: EngineError) -> bool:
+    """Tell whether the connection was refused: nobody listens there now. A connect that timed out proves nothing."""
+    return not error.sent and "timeout" not in error.code
 
 
 class AnswerSink(Protocol):

@@ -17,7 +17,7 @@ import structlog
 from gpulane.config import ProbeSettings
 from gpulane.core.events import EngineLost, EngineReady, LocalEvent, ModelSeen
 from gpulane.core.model import NO_MODEL, EngineState, GpuId, JobId, ModelKey
-from gpulane.engine.base import Description, ProbeReport, ServiceClient
+from gpulane.engine.base import Description, ProbeReport, ServiceClient, is_refused
 from gpulane.errors import EngineError
 
 STARTING_INTERVAL_SECONDS: Final = 0.5
@@ -131,7 +131,7 @@ class EngineWatch:
                 report = await self.client.probe(frozenset(), fresh=True)
             except EngineError as error:
                 idle_since = None
-                refused = refused + 1 if error.code == "connect_failed" else 0
+                refused = refused + 1 if is_refused(error) else 0
                 refused_since = now if refused <= 1 else refused_since
                 if refused >= REFUSALS_FOR_DEAD and now - refused_since >= self._settings.quiet_seconds:
                     return False
