@@ -19,7 +19,7 @@ _UNKNOWN_FIELD: Final = re.compile(r"unknown field `(?P<field>[^`]*)`")
 
 
 async def read_body(request: web.Request, bytes_max: int, *, may_be_encoded: bool = False) -> bytes:
-    """Return the body as it came. Raises TooLarge as soon as it is known, UnsupportedMedia when compressed."""
+    """Return the body as it came. Raises TooLarge as soon as that is known, UnsupportedMedia."""
     encoding = request.headers.get("Content-Encoding", "identity").lower()
     if encoding != "identity" and not may_be_encoded:
         raise UnsupportedMedia(

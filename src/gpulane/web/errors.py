@@ -109,4 +109,5 @@ def client_error(error: GpulaneError) -> ClientError:
         return Unavailable("The answer is no longer kept.", code=error.code)
     if isinstance(error, StoreError):
         return Unavailable("The store does not answer now.", code=error.code, hint="Try again soon.")
-    return BadGateway(f"The engine failed: {error.message}.", code=error.code)
+    # How a held job ended: the sentence says it.
+    return BadGateway(error.message, code=error.code)
