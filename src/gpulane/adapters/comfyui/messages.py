@@ -123,7 +123,7 @@ class _Data(msgspec.Struct):
     node: str | msgspec.UnsetType | None = msgspec.UNSET
     value: float | None = None
     max: float | None = None
-    output: msgspec.Raw | None = None
+    output: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     status: _StatusData | None = None
 
 
@@ -145,7 +145,7 @@ def read_message(raw: str | bytes) -> Message | None:
         has_node=not isinstance(data.node, msgspec.UnsetType),
         value=data.value,
         max=data.max,
-        output=None if data.output is None else data.output.copy(),
+        output=None if isinstance(data.output, msgspec.UnsetType) else data.output.copy(),
         queue_remaining=None if data.status is None else data.status.exec_info.queue_remaining,
         error=envelope.data.copy() if envelope.type == "execution_error" else None,
     )
