@@ -48,6 +48,7 @@ class Info(msgspec.Struct, frozen=True):
     sd_model_hash: str | None = None
     sd_vae_name: str | None = None
     job_timestamp: str | None = None
+    version: str | None = None
 
 
 def read_info(tail: bytes) -> Info | None:
