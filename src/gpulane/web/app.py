@@ -5,6 +5,7 @@ One catch-all route on purpose: aiohttp's router would decode paths that belong 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from typing import Final, assert_never
 
@@ -103,8 +104,14 @@ class _Door:
             response = self._refused(request, client_error(error), service)
         except (ConnectionError, web.HTTPException):
             raise
-        except Exception:
-            log.exception("request_failed", method=request.method, owner=service or "gpulane")
+        except Exception:  # noqa: BLE001 - whatever it is, the client gets its service's own shape
+            # The text alone: renderers that show local variables would show keys.
+            log.error(
+                "request_failed",
+                method=request.method,
+                owner=service or "gpulane",
+                trace=traceback.format_exc(),
+            )
             response = self._refused(request, Internal(), service)
         self._metrics.request_answered(service or "gpulane", request.method, response.status)
         return response

@@ -24,7 +24,7 @@ _USABLE = frozenset({EngineState.READY, EngineState.LEAKING})
 
 
 class HttpFront:
-    """One for all `http` services; which of them is meant stands in the path, or follows from the listener."""
+    """One for all `http` services; which of them is meant stands in the path, or in the listener."""
 
     def __init__(self, context: WebContext) -> None:
         self._context = context

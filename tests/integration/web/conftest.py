@@ -70,6 +70,7 @@ class Doors:
     def __init__(self, folder: Path, stack: AsyncExitStack) -> None:
         self._folder = folder
         self._stack = stack
+        self.runners: list[web.AppRunner] = []
 
     async def open(self, settings: Settings | None = None, *, root: Service | str | None = None) -> Door:
         gateway = StandIn(self._folder, settings=settings)
@@ -88,6 +89,7 @@ class Doors:
 
     async def serve(self, app: web.Application) -> str:
         runner = make_runner(app, shutdown_seconds=1.0)
+        self.runners.append(runner)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -22,9 +22,13 @@ class NewJobRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A job to be done."""
 
     service: Literal["comfyui", "a1111"]
-    workflow: Annotated[msgspec.Raw, Meta(description="comfyui: the workflow in API format.")] = msgspec.Raw()
+    workflow: (
+        Annotated[msgspec.Raw, Meta(description="comfyui: the workflow in API format.")] | msgspec.UnsetType
+    ) = msgspec.UNSET
     endpoint: Annotated[str, Meta(description="a1111: txt2img, img2img ...", max_length=100)] = ""
-    payload: Annotated[msgspec.Raw, Meta(description="a1111: the body for that endpoint.")] = msgspec.Raw()
+    payload: (
+        Annotated[msgspec.Raw, Meta(description="a1111: the body for that endpoint.")] | msgspec.UnsetType
+    ) = msgspec.UNSET
     priority: Priority = "normal"
     labels: Annotated[
         tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...],
@@ -32,8 +36,8 @@ class NewJobRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ] = ()
     max_attempts: Annotated[int, Meta(ge=1, le=20)] | None = None
     idempotency_key: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
-    webhook: msgspec.Raw = msgspec.Raw()
-    deadline_seconds: msgspec.Raw = msgspec.Raw()
+    webhook: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    deadline_seconds: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class JobChange(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from gpulane.adapters.a1111 import catalogue as a1111_catalogue
 from gpulane.adapters.a1111 import requests as a1111_requests
 from gpulane.adapters.a1111.routes import JOB_POSTS
@@ -34,7 +36,7 @@ class Submissions:
         """Make a job of a body. Raises ClientErrors that say what to change."""
         wanted = decode(body, NewJobRequest)
         for name, value in (("webhook", wanted.webhook), ("deadline_seconds", wanted.deadline_seconds)):
-            if bytes(value) not in {b"", b"null"}:
+            if _given(value) not in {b"", b"null"}:
                 raise BadRequest(f"{name} is not supported yet.", hint="Leave it out.", code="not_supported")
         job_id = self._context.new_job_id()
         match wanted.service:
@@ -56,18 +58,18 @@ class Submissions:
         return new, recognized
 
     def _workflow(self, wanted: NewJobRequest, job_id: JobId) -> Recognized:
-        if not bytes(wanted.workflow):
+        if not _given(wanted.workflow):
             raise BadRequest(
                 "workflow is missing.", hint="Give the workflow in API format.", code="bad_field"
             )
-        if bytes(wanted.payload) or wanted.endpoint:
+        if _given(wanted.payload) or wanted.endpoint:
             raise BadRequest("endpoint and payload belong to a1111.", code="bad_field")
         limits = PromptLimits(body_bytes_max=int(self._context.settings.limits.workflow_mib * MIB))
-        body = b'{"prompt":' + bytes(wanted.workflow) + b"}"
+        body = b'{"prompt":' + _given(wanted.workflow) + b"}"
         return parse_prompt(body, job=job_id, limits=limits, combos=self._offers.combos())
 
     def _payload(self, wanted: NewJobRequest, job_id: JobId, *, is_admin: bool) -> Recognized:
-        if bytes(wanted.workflow):
+        if _given(wanted.workflow):
             raise BadRequest("workflow belongs to comfyui.", code="bad_field")
         path = _ENDPOINTS.get(wanted.endpoint)
         if path is None:
@@ -76,7 +78,7 @@ class Submissions:
         context = a1111_requests.RequestContext(
             job=job_id, catalogue=self._offers.catalogue(), is_admin=is_admin
         )
-        return a1111_requests.recognize(path, bytes(wanted.payload) or b"{}", context)
+        return a1111_requests.recognize(path, _given(wanted.payload) or b"{}", context)
 
 
 class Offers:
@@ -122,6 +124,10 @@ def band_and_priority(priority: Priority) -> tuple[Band | None, int]:
             return None, priority
         case name:
             return _BANDS[name], 0
+
+
+def _given(raw: msgspec.Raw | msgspec.UnsetType) -> bytes:
+    return b"" if isinstance(raw, msgspec.UnsetType) else bytes(raw)
 
 
 def _key(wanted: NewJobRequest, asked: Asked) -> str | None:
