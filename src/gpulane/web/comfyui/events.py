@@ -62,7 +62,7 @@ class Events:
         self._now_ms = now_ms
         self._sockets: dict[Account, dict[str, set[ClientSocket]]] = {}
         self._statuses: dict[Account, _StatusPace] = {}
-        self._stops = (jobs.listen(self._hear), jobs.hub.listen(self._hear_progress))
+        self._stops = [jobs.listen(self._hear), jobs.hub.listen(self._hear_progress)]
 
     # --- sockets come and go
 
@@ -96,9 +96,9 @@ class Events:
                 pace.close()
 
     async def close(self) -> None:
-        """Close every socket and hear nothing more."""
-        for stop in self._stops:
-            stop()
+        """Close every socket and hear nothing more. May be called twice."""
+        while self._stops:
+            self._stops.pop()()
         for pace in self._statuses.values():
             pace.close()
         everybody = [

@@ -11,12 +11,13 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, assert_never
+from urllib.parse import unquote
 
 import structlog
 from aiohttp import web
 
 from gpulane.adapters.base import Route
-from gpulane.adapters.comfyui.routes import classify, own_path
+from gpulane.adapters.comfyui.routes import classify
 from gpulane.core.model import Service
 from gpulane.errors import NotFound, NotPermitted, TooLarge
 from gpulane.web.comfyui.answers import (
@@ -105,7 +106,7 @@ class ComfyUIFront:
         self, request: web.Request, path: str, query: str, identity: Identity
     ) -> web.StreamResponse:
         method = "GET" if request.method == "HEAD" else request.method
-        match method, own_path(path).strip("/").split("/"):
+        match method, _parts(path):
             case "GET", ["ws"]:
                 return await self._socket(request, identity)
             case "GET", ["view"]:
@@ -239,6 +240,14 @@ class ComfyUIFront:
         self._beside.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("look_up_failed", exc_info=error)
+
+
+def _parts(path: str) -> list[str]:
+    """Split a path and take `/api` off. Parts are decoded one by one: a client's own id may hold a slash."""
+    parts = [unquote(part) for part in path.strip("/").split("/")]
+    while len(parts) > 1 and parts[0] == "api":
+        parts = parts[1:]
+    return parts
 
 
 def _allowed(patterns: tuple[str, ...], method: str) -> tuple[str, ...]:

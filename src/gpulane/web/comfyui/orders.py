@@ -120,7 +120,7 @@ class Orders:
     async def history_of(self, prompt_id: str, identity: Identity) -> web.Response:
         """GET /history/{id}: `{}` for what is unknown or has not ended."""
         record = await self._own.find(identity.account, prompt_id)
-        if record is None or record.state not in ENDED:
+        if record is None or record.state not in ENDED or not leaves_trace(record):
             return json_answer({})
         entry = (await self._archive.written(record)).history
         return json_bytes(b"{" + msgspec.json.encode(prompt_id) + b":" + entry + b"}")

@@ -418,7 +418,7 @@ async def submit(session: aiohttp.ClientSession, graph: Json | None = None, **mo
         return str(told["prompt_id"])
 
 
-def result_of(job: JobId, client_id: str | None = None, **outputs: object) -> RecordedResult:
+def result_of(job: JobId, outputs: Json | None = None, *names: str) -> RecordedResult:
     """The entry that an engine would have in its history."""
     extra = {"create_time": 1, "client_id": "the-gateways-own"}
     messages = [
@@ -427,18 +427,14 @@ def result_of(job: JobId, client_id: str | None = None, **outputs: object) -> Re
     ]
     document = {
         "prompt": [0, job, prompt(), extra, ["2"]],
-        "outputs": outputs,
+        "outputs": outputs or {},
         "status": {"status_str": "success", "completed": True, "messages": messages},
         "meta": {},
     }
-    return RecordedResult(document=msgspec.Raw(msgspec.json.encode(document)))
-
-
-def artifacts(*names: str) -> tuple[Artifact, ...]:
-    """Files as the engine client lists them."""
-    return tuple(
+    files = tuple(
         Artifact(name=name, target=f"/view?filename={name}&subfolder=&type=output") for name in names
     )
+    return RecordedResult(document=msgspec.Raw(msgspec.json.encode(document)), artifacts=files)
 
 
 class Ear:
@@ -482,8 +478,8 @@ def label(message: Json | bytes) -> str:
     """Name a message as the tests speak of it."""
     if isinstance(message, bytes):
         return f"frame {int.from_bytes(message[:4], 'big')}"
-    data = message.get("data")
-    is_end = message["type"] == "executing" and isinstance(data, dict) and data.get("node") is None
+    data = msgspec.convert(message.get("data"), dict[str, object])
+    is_end = message["type"] == "executing" and data.get("node") is None
     return "run over" if is_end else str(message["type"])
 
 
