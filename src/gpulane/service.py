@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -33,7 +33,8 @@ from gpulane.dispatcher.gateway import Gateway, GatewayParts
 from gpulane.dispatcher.locks import GpuLocks
 from gpulane.engine.a1111 import A1111Client
 from gpulane.engine.base import ServiceClient
-from gpulane.engine.comfyui import ComfyUIClient
+from gpulane.engine.a1111.pace import Pace
+from gpulane.engine.comfyui import ComfyUIClient, Timings
 from gpulane.engine.detect import detect
 from gpulane.engine.http import HttpServiceClient
 from gpulane.errors import ConfigError, StoreError
@@ -97,7 +98,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             stack.push_async_callback(store.close)
             await node_store.open()
             stack.push_async_callback(node_store.close)
-            node, boot = await node_store.boot()
+            node, boot = node_store.boot()
         except StoreError as error:
             raise ConfigError(f"data folder {data_folder}: {error.message}", hint=error.hint) from error
         gpus = await _gpus(settings, node, node_store)
@@ -105,10 +106,14 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         stack.callback(locks.release)
         for gpu in gpus:
             locks.own(gpu.name)
-        wires = {engine.url: EngineClient(engine.url, connections_max=ENGINE_CONNECTIONS_MAX) for gpu in gpus for engine in gpu.engines}
+        wires = {
+            engine.url: EngineClient(engine.url, connections_max=ENGINE_CONNECTIONS_MAX)
+            for gpu in gpus
+            for engine in gpu.engines
+        }
         for wire in wires.values():
             stack.push_async_callback(wire.close)
-        clients = {e.url: _client(e, wires[e.url], settings) for gpu in gpus for e in gpu.engines}
+        clients = {engine.url: _client(engine, settings) for gpu in gpus for engine in gpu.engines}
         gateway = Gateway(
             GatewayParts(
                 settings=settings,
@@ -122,6 +127,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
                 wires=wires,
                 data_folder=data_folder,
                 clock=time.monotonic,
+                wall=time.time,
                 new_claim=lambda: ClaimId(secrets.token_hex(8)),
             )
         )
@@ -130,8 +136,10 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         yield Running(gateway=gateway, addresses=addresses)
 
 
-async def _first(*waits: object) -> None:
-    tasks = [asyncio.create_task(wait) for wait in waits]  # type: ignore[arg-type]  # noqa: TID251
+async def _first(*waits: Coroutine[object, object, object]) -> None:
+    """Wait for the first of these; the others are cancelled."""
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -158,8 +166,8 @@ def _stores(settings: Settings, folder: Path) -> tuple[Store, NodeStore]:
     if settings.store.startswith(("redis://", "rediss://")):
         raise ConfigError("store: a queue shared by many machines comes with a later version; write sqlite")
     if settings.store == "memory":
-        return MemoryStore(clock=time.time), NodeStore(None)
-    return SqliteStore(folder, clock=time.time), NodeStore(folder)
+        return MemoryStore(clock=time.time), NodeStore(folder, clock=time.time)
+    return SqliteStore(folder, clock=time.time), NodeStore(folder, clock=time.time)
 
 
 def _policy(settings: Settings) -> Policy:
@@ -184,16 +192,16 @@ async def _gpus(settings: Settings, node: NodeId, node_store: NodeStore) -> tupl
         for engine in gpu.engines
         if isinstance(engine, EngineSettings) and engine.service is None
     ]
-    known = await node_store.learned("engine_service")
+    known = {url: value.decode() for url, value in (await node_store.learned("engine_service")).items()}
     services = dict(
         zip(urls, await asyncio.gather(*(_service_of(url, known.get(url)) for url in urls)), strict=True)
     )
     for url, service in services.items():
-        await node_store.learn_put("engine_service", url, service.value)
+        node_store.learn_put("engine_service", url, service.value.encode())
     return tuple(_gpu(host, name, gpu, node, services) for name, gpu in settings.gpus.items())
 
 
-async def _service_of(url: str, known: object) -> Service:
+async def _service_of(url: str, known: str | None) -> Service:
     found = await detect(EngineUrl(url))
     if found.service is not None:
         return found.service
@@ -202,7 +210,7 @@ async def _service_of(url: str, known: object) -> Service:
             f"{url} answers but is neither ComfyUI nor A1111 ({found.why}); if its jobs are HTTP requests, "
             f"write http:{url}"
         )
-    if isinstance(known, str):
+    if known is not None:
         return Service(known)
     raise ConfigError(
         f"{url} does not answer ({found.why}), so what it is cannot be asked: start it first, or say it, for "
@@ -239,14 +247,20 @@ def _digest_uuid(node: NodeId, urls: list[EngineUrl]) -> str:
     return "engines-" + hashlib.sha256("\n".join([local, *sorted(urls)]).encode()).hexdigest()[:32]
 
 
-def _client(engine: Engine, wire: EngineClient, settings: Settings) -> ServiceClient:
+def _client(engine: Engine, settings: Settings) -> ServiceClient:
     match engine.service:
         case Service.COMFYUI:
-            return ComfyUIClient(engine.url, probe=settings.probe)
+            timings = Timings(
+                request_seconds=settings.probe.timeout_seconds,
+                quiet_seconds=settings.probe.quiet_seconds,
+                zombie_seconds=settings.probe.canary_after_seconds,
+            )
+            return ComfyUIClient(engine.url, timings=timings)
         case Service.A1111:
-            return A1111Client(engine.url, wire)
+            pace = Pace(quiet_seconds=settings.probe.quiet_seconds)
+            return A1111Client(engine.url, timeout_seconds=settings.probe.timeout_seconds, pace=pace)
         case Service.HTTP:
-            return HttpServiceClient(engine.url, wire)
+            return HttpServiceClient(engine.url, timeout_seconds=settings.probe.timeout_seconds)
 
 
 async def _listen(

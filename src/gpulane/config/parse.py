@@ -7,7 +7,6 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-import types
 import typing
 from typing import Final
 
@@ -174,15 +173,9 @@ def _fields_at(path: str) -> list[str]:
 
 def _section_in(hint: object) -> object:
     """Find the settings section inside tuple[...], dict[...] or a union."""
-    for inner in (*typing.get_args(hint), hint):
-        if (
-            isinstance(inner, type)
-            and issubclass(inner, msgspec.Struct)
-            and not isinstance(inner, types.GenericAlias)
-        ):
-            return inner
-        if typing.get_args(inner) and inner is not hint:
-            found = _section_in(inner)
-            if isinstance(found, type):
-                return found
+    inside: tuple[object, ...] = typing.get_args(hint)
+    for inner in inside:
+        found = _section_in(inner)
+        if isinstance(found, type) and issubclass(found, msgspec.Struct):
+            return found
     return hint

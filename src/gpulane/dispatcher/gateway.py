@@ -97,6 +97,8 @@ class GatewayParts:
     data_folder: Path
     clock: Callable[[], float]
     """Monotonic seconds."""
+    wall: Callable[[], float]
+    """Seconds since 1970, for records that people read."""
     new_claim: Callable[[], ClaimId]
 
 
@@ -220,6 +222,7 @@ class Gateway:
             quiet_seconds=self._parts.settings.probe.quiet_seconds,
             new_claim=self._parts.new_claim,
             clock=self._parts.clock,
+            wall=self._parts.wall,
         )
         found: list[Coroutine[object, object, None]] = []
         attempts = {active.gpu: active for active in (await self._store.snapshot()).active if active.started}
@@ -274,6 +277,7 @@ class Gateway:
             on_result=self._copy_files,
             new_claim=self._parts.new_claim,
             clock=self._parts.clock,
+            wall=self._parts.wall,
         )
         for engine in gpu.engines:
             owner.watches[engine.url] = self._watch(owner, engine.url)

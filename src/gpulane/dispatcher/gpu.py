@@ -123,6 +123,7 @@ class GpuOwner:
         on_result: Callable[[JobId, RecordedResult], None],
         new_claim: Callable[[], ClaimId],
         clock: Callable[[], float],
+        wall: Callable[[], float],
     ) -> None:
         self.gpu = gpu
         self.running: Running | None = None
@@ -143,6 +144,7 @@ class GpuOwner:
         self._on_result = on_result
         self._new_claim = new_claim
         self._clock = clock
+        self._wall = wall
         self._reasons: dict[str, str] = {}
         self._random = random.Random()
 
@@ -453,7 +455,15 @@ class GpuOwner:
     # --- records and what is learned
 
     def _gpu_record(self, running: Running) -> GpuRecord:
-        return GpuRecord(gpu=self.id, job=running.job.id, token=running.token, engine=running.engine)
+        return GpuRecord(
+            gpu=self.id,
+            job=running.job.id,
+            token=running.token,
+            claim=claim_of(running.token),
+            engine=running.engine,
+            stage="starting",
+            written_at=self._wall(),
+        )
 
     async def _drop_record(self, token: Token) -> None:
         try:
@@ -487,6 +497,11 @@ class GpuOwner:
             )
         if outcome.state is JobState.SUCCEEDED and outcome.service_seconds > 0:
             self._tell(ServiceMeasured(job=running.job, gpu=self.id, seconds=outcome.service_seconds))
+
+
+def claim_of(token: Token) -> ClaimId:
+    """The claim's part of a token, `<n>.<claim id>`."""
+    return ClaimId(token.partition(".")[2])
 
 
 def _placed(outcome: Outcome, engine: EngineUrl) -> RecordedResult | None:

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from gpulane.core.model import ClaimId, Failure, FailureKind, JobState, Token
-from gpulane.dispatcher.gpu import GpuOwner, NodeLease, Payloads, Running
+from gpulane.dispatcher.gpu import GpuOwner, NodeLease, Payloads, Running, claim_of
 from gpulane.engine.base import AttemptContext, Found, Outcome, ServiceClient, is_refused
 from gpulane.engine.probe import REFUSALS_FOR_DEAD
 from gpulane.engine.progress import ProgressHub
@@ -45,6 +45,7 @@ class Recovery:
         quiet_seconds: float,
         new_claim: Callable[[], ClaimId],
         clock: Callable[[], float],
+        wall: Callable[[], float],
     ) -> None:
         self._store = store
         self._node_store = node_store
@@ -54,6 +55,7 @@ class Recovery:
         self._quiet_seconds = quiet_seconds
         self._new_claim = new_claim
         self._clock = clock
+        self._wall = wall
 
     async def settle_record(self, owner: GpuOwner, client: ServiceClient, record: GpuRecord) -> None:
         """End the occupancy of a gpu whose record names an attempt that is over in the store."""
@@ -84,8 +86,7 @@ class Recovery:
         if outcome is None:  # superseded meanwhile
             owner.running = None
             owner.occupancy += 1
-            gpu_record = GpuRecord(gpu=owner.id, job=job.id, token=token, engine=client.url)
-            await self.settle_record(owner, client, gpu_record)
+            await self.settle_record(owner, client, self._gpu_record(owner, running, claim_of(token)))
             return
         if outcome.engine_idle:
             # settle() frees by the store's event; the reason of the recovery must be gone by then.
@@ -155,11 +156,7 @@ class Recovery:
         is seen.
         """
         claim = self._new_claim()
-        await self._node_store.put_gpu_record(
-            GpuRecord(
-                gpu=owner.id, job=running.job.id, token=running.token, engine=running.engine, claim=claim
-            )
-        )
+        await self._node_store.put_gpu_record(self._gpu_record(owner, running, claim))
         reply = await self._store.resume(
             self._lease.node,
             self._lease.boot,
@@ -173,12 +170,19 @@ class Recovery:
             _log.warning("not_resumed", job=running.job.id, gpu=owner.id, code=str(reply.code))
             return False
         running.token = reply.token
-        await self._node_store.put_gpu_record(
-            GpuRecord(
-                gpu=owner.id, job=running.job.id, token=running.token, engine=running.engine, claim=claim
-            )
-        )
+        await self._node_store.put_gpu_record(self._gpu_record(owner, running, claim))
         return True
+
+    def _gpu_record(self, owner: GpuOwner, running: Running, claim: ClaimId) -> GpuRecord:
+        return GpuRecord(
+            gpu=owner.id,
+            job=running.job.id,
+            token=running.token,
+            claim=claim,
+            engine=running.engine,
+            stage="recovering",
+            written_at=self._wall(),
+        )
 
 
 def _lost(message: str, *, idle: bool) -> Outcome:
