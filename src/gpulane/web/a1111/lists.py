@@ -1,0 +1,85 @@
+"""What several engines offer as one: checkpoints, samplers, scripts ... merged in the order of the
+settings.
+
+That order never changes with an engine's health: clients choose by position (webuiapi's nearest match takes
+the last of equals). Engines that do not answer now keep their names here; whether a job can run is decided
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from gpulane.adapters.a1111.catalogue import DOCUMENTS, Catalogue, merged, merged_document, read_catalogue
+from gpulane.core.model import EngineState, EngineUrl, Service
+from gpulane.web.ports import EnginesPort, EngineView
+
+SECRET_FLAGS: Final = re.compile(r"auth|pass|token|secret|key|ngrok")
+"""Command line flags whose values are shown to nobody (webui issue 17411: the page's password)."""
+LISTS: Final[Mapping[str, str]] = {
+    target: name for name, target in DOCUMENTS.items() if name not in {"options", "openapi"}
+}
+"""Path to the name under which `describe` keeps its document."""
+
+
+class Lists:
+    """Reads the engines' descriptions; merges again only when one of them has changed."""
+
+    def __init__(self, engines: EnginesPort) -> None:
+        self._engines = engines
+        self._digests: tuple[str, ...] = ()
+        self._catalogue = Catalogue()
+        self._documents: dict[str, bytes] = {}
+        self._options: dict[EngineUrl, bytes] = {}
+
+    def catalogue(self) -> Catalogue:
+        """Return everything that any engine offers."""
+        self._refresh()
+        return self._catalogue
+
+    def document(self, name: str) -> bytes | None:
+        """Return one merged list; None when no engine has told it."""
+        self._refresh()
+        if name not in self._documents:
+            told = [
+                view.description.documents[name]
+                for view in self._described()
+                if view.description is not None and name in view.description.documents
+            ]
+            if not told:
+                return None
+            self._documents[name] = merged_document(name, told)
+        return self._documents[name]
+
+    def options_of(self, view: EngineView) -> bytes | None:
+        """Return an engine's options as first seen: later they may show the overrides of a running job."""
+        if view.state in {EngineState.LOST, EngineState.STOPPED}:
+            self._options.pop(view.url, None)
+        told = view.description.documents.get("options") if view.description is not None else None
+        if told is not None and view.url not in self._options:
+            self._options[view.url] = told
+        return self._options.get(view.url, told)
+
+    def _described(self) -> list[EngineView]:
+        every = self._engines.engines(Service.A1111)
+        return [view for view in every if view.description is not None]
+
+    def _refresh(self) -> None:
+        told = {v.description.digest: v.description.documents for v in self._described() if v.description}
+        if tuple(told) != self._digests:
+            self._catalogue = merged([read_catalogue(documents) for documents in told.values()])
+            self._documents.clear()
+            self._digests = tuple(told)
+
+
+def without_secrets(flags: bytes) -> bytes:
+    """Blank the values of flags that may hold a secret. Raises msgspec.DecodeError."""
+    told = msgspec.json.decode(flags, type=dict[str, msgspec.Raw])
+    null = msgspec.Raw(b"null")
+    return msgspec.json.encode(
+        {name: null if SECRET_FLAGS.search(name) else value for name, value in told.items()}
+    )
