@@ -11,6 +11,7 @@ from gpulane.engine.base import Found, is_refused
 from gpulane.errors import EngineError, StoreError
 from gpulane.testing.faults import Faults
 from tests.integration.engine.a1111_scene import CHECKPOINTS, QUICK, WAIT_SECONDS, Sink, scene, until
+from tests.integration.raw_engine import Peer, raw_engine
 
 pytestmark = pytest.mark.anyio
 
@@ -217,10 +218,8 @@ async def test_a_truncated_answer_is_lost_but_not_the_engine() -> None:
 async def test_a_slow_body_is_waited_for() -> None:
     async with scene() as here:
         sink = Sink()
-        attempt = here.attempt(SMALL, answer=sink)
-        async with here.running(attempt) as task:
-            here.sim.faults.slow_body_bytes_per_second = 20_000
-            outcome = await task
+        here.sim.faults.slow_body_bytes_per_second = 20_000
+        outcome = await here.run(SMALL, answer=sink)
         assert outcome.state is JobState.SUCCEEDED and sink.is_finished
         assert sink.json()["images"]
 
@@ -235,15 +234,14 @@ async def test_late_answers_are_waited_for() -> None:
 async def test_a_hung_job_keeps_the_gpu_occupied() -> None:
     async with scene(faults=Faults(hang_jobs=1)) as here:
         attempt = here.attempt(LONG)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1.5):
-                async with asyncio.TaskGroup() as group:
-                    task = group.create_task(here.client.run(attempt))
-                    await until(lambda: here.sim.sim_state()["running"] == attempt.job.id)
-                    attempt.cancel_wanted.set()
-                    await task
-        # An engine that ignores interrupts is not idle, whatever we wish.
-        assert not (await here.client.probe(frozenset())).idle
+        async with here.running(attempt) as task:
+            await until(lambda: here.sim.state.sampling_step * 2 >= 29)
+            attempt.cancel_wanted.set()
+            await until(lambda: here.sim.state.interrupted)
+            # An engine that ignores interrupts is not idle, whatever we wish.
+            done, _ = await asyncio.wait({task}, timeout=0.5)
+            assert not done and not (await here.client.probe(frozenset())).idle
+            task.cancel()
 
 
 async def test_a_refused_connection_did_not_start_anything() -> None:
@@ -362,18 +360,14 @@ async def test_a_listener_that_fails_does_not_end_the_job() -> None:
 async def test_a_silent_engine_is_given_up_and_stays_occupied() -> None:
     """A machine that vanished without a word: connections stand, nothing is answered."""
 
-    async def mute(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.Event().wait()
-        writer.close()
+    async def mute(peer: Peer) -> None:
+        await peer.gone()
 
-    server = await asyncio.start_server(mute, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    client = A1111Client(EngineUrl(f"http://127.0.0.1:{port}"), pace=QUICK, timeout_seconds=0.2)
-    try:
-        async with scene() as here:
+    async with raw_engine(mute) as silent, scene() as here:
+        client = A1111Client(EngineUrl(silent.url), pace=QUICK, timeout_seconds=0.2)
+        try:
             outcome = await asyncio.wait_for(client.run(here.attempt(SMALL)), WAIT_SECONDS)
+        finally:
+            await client.close()
         assert outcome.failure is not None and outcome.failure.code == "engine_silent"
         assert not outcome.engine_idle
-    finally:
-        await client.close()
-        server.close()

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from gpulane.adapters.a1111.catalogue import stem_of
+from gpulane.adapters.a1111.catalogue import file_of, stem_of
 from gpulane.core.model import Failure, FailureKind
 
 TAIL_BYTES: Final = 256 * 1024
@@ -69,7 +69,7 @@ def ran_other_model(asked: str, info: Info | None) -> bool:
     """Tell whether the answer names another checkpoint than was asked for. No proof is no mismatch."""
     if not asked or info is None or not info.sd_model_name:
         return False
-    return stem_of(asked).casefold() != info.sd_model_name.casefold()
+    return stem_of(asked).casefold() != file_of(info.sd_model_name).casefold()
 
 
 def wrong_model(asked: str, info: Info | None) -> Failure:

@@ -343,8 +343,8 @@ def find_checkpoint(checkpoints: tuple[Checkpoint, ...], wanted: str) -> Checkpo
     found = find(checkpoints, wanted) or find(checkpoints, without_checksum(wanted))
     if found is not None:
         return found
-    tail = without_checksum(wanted).replace("\\", "/").rsplit("/", 1)[-1]
-    same = [c for c in checkpoints if c.name.replace("\\", "/").rsplit("/", 1)[-1] == tail]
+    tail = file_of(without_checksum(wanted))
+    same = [c for c in checkpoints if file_of(c.name) == tail]
     return same[0] if len(same) == 1 else None
 
 
@@ -359,7 +359,8 @@ def find_checkpoint_loosely(checkpoints: tuple[Checkpoint, ...], wanted: str) ->
 
 def find_by_stem(checkpoints: tuple[Checkpoint, ...] | None, stem: str) -> Checkpoint | None:
     """Find the checkpoint that an answer names as `sd_model_name`; None when it could be two."""
-    same = [c for c in checkpoints or () if c.stem == stem]
+    # A stem has no extension any more, but may hold dots: only folders are cut off.
+    same = [c for c in checkpoints or () if c.stem == file_of(stem)]
     return same[0] if len(same) == 1 else None
 
 
@@ -377,8 +378,13 @@ def without_checksum(title: str) -> str:
 
 def stem_of(name: str) -> str:
     """File name without folders and extension."""
-    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    last = file_of(name)
     return last.rsplit(".", 1)[0] if "." in last else last
+
+
+def file_of(name: str) -> str:
+    """File name without folders, whichever way their slashes lean."""
+    return name.replace("\\", "/").rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
