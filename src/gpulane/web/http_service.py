@@ -15,6 +15,7 @@ from gpulane.core.model import EngineState, GpuState, Service
 from gpulane.errors import NotFound, NotPermitted, Unavailable
 from gpulane.web.bodies import MIB, read_body, suggestion
 from gpulane.web.held import hold, serve_held
+from gpulane.web.identity import SAFE_METHODS
 from gpulane.web.intake import Wishes, new_job
 from gpulane.web.mount import NAME
 from gpulane.web.ports import EngineView, Identity, Role, WebContext
@@ -34,9 +35,10 @@ class HttpFront:
     async def respond(self, request: web.Request, target: str, identity: Identity) -> web.StreamResponse:
         """Answer one request."""
         engine = self._choose(request.get(NAME, ""), identity)
-        match classify(
-            request.method, target.partition("?")[0], self._patterns.get(engine.url, DEFAULT_JOBS)
-        ):
+        if identity.role is Role.VIEWER and request.method not in SAFE_METHODS:
+            raise NotPermitted("This takes the role user.")
+        patterns = self._patterns.get(engine.url, DEFAULT_JOBS)
+        match classify(request.method, target.partition("?")[0], patterns):
             case Route.JOB:
                 return await self._hold(request, target, identity, engine)
             case Route.CLOSED:
@@ -53,8 +55,6 @@ class HttpFront:
     async def _hold(
         self, request: web.Request, target: str, identity: Identity, engine: EngineView
     ) -> web.StreamResponse:
-        if identity.role is Role.VIEWER:
-            raise NotPermitted("This takes the role user.")
         settings = self._context.settings
         body = await read_body(request, int(settings.limits.body_mib * MIB), may_be_encoded=True)
         recognized = recognize(request.method, target, tuple(request.headers.items()), body)

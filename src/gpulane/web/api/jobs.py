@@ -101,7 +101,7 @@ class JobsApi:
     async def submit(self, asked: Asked) -> web.StreamResponse:
         """Take a job."""
         body = await read_body(asked.request, int(self._context.settings.limits.body_mib * MIB))
-        new, recognized = self._submissions.understand(body, asked)
+        new, recognized = await self._submissions.understand(body, asked)
         reply = await finished(self._jobs.submit(new, recognized.request))
         job = reply.job or new.job.id
         record = await self._jobs.record(job)

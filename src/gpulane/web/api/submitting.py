@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import msgspec
 
-from gpulane.adapters.a1111 import catalogue as a1111_catalogue
-from gpulane.adapters.a1111 import requests as a1111_requests
+from gpulane.adapters.a1111.requests import RequestContext, recognize
 from gpulane.adapters.a1111.routes import JOB_POSTS
 from gpulane.adapters.base import Recognized
-from gpulane.adapters.comfyui.catalog import Combos, read_catalog
 from gpulane.adapters.comfyui.prompt import PromptLimits, parse_prompt
 from gpulane.core.model import Band, JobId, Service
 from gpulane.errors import BadRequest
 from gpulane.store.base import NewJob
+from gpulane.web.a1111.lists import Lists as A1111Lists
+from gpulane.web.a1111.options import Options
 from gpulane.web.api.asked import Asked, is_at_least
 from gpulane.web.api.documents import NewJobRequest, Priority
 from gpulane.web.bodies import MIB, decode, suggestion
+from gpulane.web.comfyui.lists import Lists as ComfyUILists
 from gpulane.web.intake import Wishes, new_job
-from gpulane.web.ports import EnginesPort, Role, WebContext
+from gpulane.web.ports import Role, WebContext
 
 _ENDPOINTS = {path.removeprefix("/sdapi/v1/"): path for path in JOB_POSTS if path.startswith("/sdapi/v1/")}
 _BANDS = {band.name.lower(): band for band in Band}
@@ -26,13 +27,15 @@ KEY_CHARS_MAX = 200
 
 
 class Submissions:
-    """Understands native requests; remembers the merged lists of the engines until one of them changes."""
+    """Understands native requests as the front doors would: same lists, same options of the account."""
 
     def __init__(self, context: WebContext) -> None:
         self._context = context
-        self._offers = Offers(context.engines)
+        self._nodes = ComfyUILists(context.engines)
+        self._lists = A1111Lists(context.engines)
+        self._options = Options(context.engines, context.values, self._lists)
 
-    def understand(self, body: bytes, asked: Asked) -> tuple[NewJob, Recognized]:
+    async def understand(self, body: bytes, asked: Asked) -> tuple[NewJob, Recognized]:
         """Make a job of a body. Raises ClientErrors that say what to change."""
         wanted = decode(body, NewJobRequest)
         for name, value in (("webhook", wanted.webhook), ("deadline_seconds", wanted.deadline_seconds)):
@@ -44,7 +47,11 @@ class Submissions:
                 service, recognized = Service.COMFYUI, self._workflow(wanted, job_id)
             case "a1111":
                 is_admin = is_at_least(asked.identity, Role.ADMIN)
-                service, recognized = Service.A1111, self._payload(wanted, job_id, is_admin=is_admin)
+                carried = await self._options.carried(asked.identity.account)
+                context = RequestContext(
+                    job=job_id, catalogue=self._lists.catalogue(), carried=carried, is_admin=is_admin
+                )
+                service, recognized = Service.A1111, _payload(wanted, context)
         band, priority = band_and_priority(wanted.priority)
         wishes = Wishes(
             band=Band.NORMAL if band is None else band,
@@ -66,53 +73,17 @@ class Submissions:
             raise BadRequest("endpoint and payload belong to a1111.", code="bad_field")
         limits = PromptLimits(body_bytes_max=int(self._context.settings.limits.workflow_mib * MIB))
         body = b'{"prompt":' + _given(wanted.workflow) + b"}"
-        return parse_prompt(body, job=job_id, limits=limits, combos=self._offers.combos())
-
-    def _payload(self, wanted: NewJobRequest, job_id: JobId, *, is_admin: bool) -> Recognized:
-        if _given(wanted.workflow):
-            raise BadRequest("workflow belongs to comfyui.", code="bad_field")
-        path = _ENDPOINTS.get(wanted.endpoint)
-        if path is None:
-            hint = suggestion(wanted.endpoint, list(_ENDPOINTS))
-            raise BadRequest(f"endpoint {wanted.endpoint!r} is no job.", hint=hint, code="bad_field")
-        context = a1111_requests.RequestContext(
-            job=job_id, catalogue=self._offers.catalogue(), is_admin=is_admin
-        )
-        return a1111_requests.recognize(path, _given(wanted.payload) or b"{}", context)
+        return parse_prompt(body, job=job_id, limits=limits, combos=self._nodes.combos())
 
 
-class Offers:
-    """What the engines of a service offer together, read again only when one of them says something new."""
-
-    def __init__(self, engines: EnginesPort) -> None:
-        self._engines = engines
-        self._combos: tuple[tuple[str, ...], Combos] = ((), frozenset())
-        self._catalogue: tuple[tuple[str, ...], a1111_catalogue.Catalogue] = ((), a1111_catalogue.Catalogue())
-
-    def combos(self) -> Combos:
-        """Return which inputs of ComfyUI's nodes name models."""
-        told = self._told(Service.COMFYUI)
-        if tuple(told) != self._combos[0]:
-            found: set[tuple[str, str]] = set()
-            for documents in told.values():
-                try:
-                    found |= read_catalog(documents.get("object_info", b"{}")).combos
-                except ValueError:
-                    continue  # its probe will have said so
-            self._combos = (tuple(told), frozenset(found))
-        return self._combos[1]
-
-    def catalogue(self) -> a1111_catalogue.Catalogue:
-        """Return the merged lists of the A1111 engines."""
-        told = self._told(Service.A1111)
-        if tuple(told) != self._catalogue[0]:
-            read = [a1111_catalogue.read_catalogue(documents) for documents in told.values()]
-            self._catalogue = (tuple(told), a1111_catalogue.merged(read))
-        return self._catalogue[1]
-
-    def _told(self, service: Service) -> dict[str, dict[str, bytes]]:
-        views = [engine.description for engine in self._engines.engines(service)]
-        return {about.digest: about.documents for about in views if about is not None}
+def _payload(wanted: NewJobRequest, context: RequestContext) -> Recognized:
+    if _given(wanted.workflow):
+        raise BadRequest("workflow belongs to comfyui.", code="bad_field")
+    path = _ENDPOINTS.get(wanted.endpoint)
+    if path is None:
+        hint = suggestion(wanted.endpoint, list(_ENDPOINTS))
+        raise BadRequest(f"endpoint {wanted.endpoint!r} is no job.", hint=hint, code="bad_field")
+    return recognize(path, _given(wanted.payload) or b"{}", context)
 
 
 def band_and_priority(priority: Priority) -> tuple[Band | None, int]:
