@@ -5,6 +5,7 @@ import json
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Self
 
 import aiohttp
@@ -88,17 +89,19 @@ class Replay:
         await self._group.__aenter__()
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for listener in self._listeners:
             await listener.socket.close()
-        await self._group.__aexit__(*exc)
+        await self._group.__aexit__(kind, error, trace)
 
     async def connect(self, client_id: str, *, flags: bool = False) -> Listener:
         socket = await self.session.ws_connect(f"/ws?clientId={client_id}" if client_id else "/ws")
         listener = Listener(socket)
         self._listeners.append(listener)
         self._group.create_task(listener.listen())
-        await listener.until(lambda messages: bool(messages))
+        await listener.until(bool)
         if flags:
             await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
             await listener.until("feature_flags")

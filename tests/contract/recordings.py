@@ -55,9 +55,9 @@ def differences(real: Json, ours: Json, where: str = "$") -> list[str]:
 def fields_differences(real: dict[str, Json], ours: dict[str, Json], where: str) -> list[str]:
     found = [f"{where}.{key} is missing" for key in real if key not in ours]
     found += [f"{where}.{key} is new" for key in ours if key not in real]
-    for key in real:
+    for key, value in real.items():
         if key in ours:
-            found += differences(real[key], ours[key], f"{where}.{key}")
+            found += differences(value, ours[key], f"{where}.{key}")
     return found
 
 
@@ -84,15 +84,16 @@ def short(value: Json) -> str:
 
 
 def label(message: Json) -> str | None:
-    """A WebSocket message in a word, as far as its place in the order counts; None for an end of the socket."""
+    """A WebSocket message in a word, as far as its place in the order counts; None for the end."""
     if "binary" in message:
         return f"binary {message['binary']['type']}"
     if "text" not in message:
         return None
-    kind, data = message["text"]["type"], message["text"].get("data") or {}
+    kind: str = message["text"]["type"]
+    data: dict[str, Json] = message["text"].get("data") or {}
     match kind:
         case "status":
-            remaining = data["status"]["exec_info"]["queue_remaining"]
+            remaining: Json = data["status"]["exec_info"]["queue_remaining"]
             return f"status {remaining}" + (" sid" if "sid" in data else "")
         case "executing":
             named = "" if "prompt_id" in data else " without prompt_id"
@@ -103,7 +104,7 @@ def label(message: Json) -> str | None:
         case "execution_cached":
             return f"execution_cached {len(data['nodes'])}"
         case _:
-            return str(kind)
+            return kind
 
 
 def labels(messages: list[Json]) -> list[str]:

@@ -1,7 +1,7 @@
 """The simulated ComfyUI does what the recorded real ones did.
 
-Not covered: `stalled_client` (a client that does not read; the stall is natural, as there is one sender, and a switch
-makes one), `sigterm_midrun` (an exit status), `free`'s memory figures (a CPU's), `object_info_full` beyond the nodes
+Not covered: `stalled_client` (the stall is natural, as there is one sender, and a switch makes one),
+`sigterm_midrun` (an exit status), the memory figures of `free` (a CPU's), `object_info_full` beyond the nodes
 that are simulated, `frontend_network`, and of `gets` the paths in NOT_SIMULATED.
 """
 
@@ -117,7 +117,7 @@ async def test_prompt_errors(version: str) -> None:
             request = entry["request"]
             if request["method"] == "GET":
                 continue  # when they were asked decides what they say
-            if (request["headers"] or {}).get("Content-Type") == "text/plain":
+            if request["headers"] and request["headers"].get("Content-Type") == "text/plain":
                 request["data"] = json.dumps(good)  # the recorder cut it off
             ours = await replay.send(entry)
             if entry["status"] == 400:
@@ -428,7 +428,7 @@ async def test_gets(version: str) -> None:
             request = entry["request"]
             if any(request["path"].removeprefix("/api").startswith(path) for path in NOT_SIMULATED):
                 continue
-            headers = request["headers"] or {}
+            headers: dict[str, str] = request["headers"] or {}
             request["headers"] = {key: value.replace(recorded_port, port) for key, value in headers.items()}
             status, body = await replay.ask(request)
             assert status == entry["status"], (request, body)
@@ -448,9 +448,9 @@ async def compare_get(path: str, entry: Json, body: Json) -> None:
         return
     if path.endswith("/system_stats"):
         real["devices"][0] |= {"index": 0}
-        real["system"].pop("comfy_package_versions", None)
-        body["system"].pop("comfy_package_versions", None)
-    assert differences(real, body) == [], path
+        real["system"]["comfy_package_versions"] = body["system"].get("comfy_package_versions")
+    found = [line for line in differences(real, body) if "comfy_package_versions" not in line]
+    assert found == [], path
 
 
 @both

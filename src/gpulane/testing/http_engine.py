@@ -66,6 +66,7 @@ class SimHttpEngine:
 
     def begin_life(self, url: str) -> None:
         self._active.clear()
+        self.runs = 0
         self._use = self.card.attach(url, "http")
 
     def end_life(self, *, in_order: bool) -> None:

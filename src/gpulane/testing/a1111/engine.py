@@ -109,7 +109,6 @@ class SimA1111:
         )
         self.faults = self.server.faults
         self.is_forge = forge
-        self.runs = 0
         self._files = tuple(checkpoints or DEFAULT_CHECKPOINTS)
         self._hashing = hashing
         self._nowebui = nowebui
@@ -120,6 +119,7 @@ class SimA1111:
         self._new_process()
 
     def _new_process(self) -> None:
+        self.runs = 0
         self.checkpoints = Checkpoints(self._files, hashing=self._hashing)
         self.options: dict[str, Json] = dict(recorded()["options"])
         if self.is_forge:
@@ -373,6 +373,7 @@ class SimA1111:
         outcome = "error"
         try:
             self.options.update(overrides)
+            self._retitle()
             info = await render(
                 job,
                 checkpoints=self.checkpoints,

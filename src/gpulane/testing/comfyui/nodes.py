@@ -16,8 +16,11 @@ CLASSIC_VERSION: Final = "0.3.64"
 MODERN_VERSION: Final = "0.27.0"
 
 _MODERN_KEYS: Final = (
+    "api_node",
+    "deprecated",
     "dev_only",
     "essentials_category",
+    "experimental",
     "has_intermediate_output",
     "is_input_list",
     "output_matchtypes",
