@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from typing import Any
 
 import msgspec
 import pytest
+from aiohttp import web
 
 from gpulane.config import KeySettings, LimitSettings, Settings
 from gpulane.config.settings import RoleName
@@ -116,6 +118,34 @@ async def test_results_and_files(door: Door) -> None:
         assert answer.headers["Content-Security-Policy"].startswith("sandbox")
     missing = await door.json("GET", f"{JOBS}/{job}/artifacts/2", status=404)
     assert missing["error"]["code"] == "no_such_artifact"
+
+
+async def test_files_inside_the_answer_and_still_on_the_engine(doors: Doors, door: Door) -> None:
+    async def view(request: web.Request) -> web.Response:
+        return web.Response(body=f"from {request.raw_path}".encode())
+
+    engine = await doors.engine(door, view, service=Service.COMFYUI)
+    job = JobId((await submitted(door))["id"])
+    await door.gateway.start(job)
+    document = msgspec.json.encode(
+        {"images": [base64.b64encode(b"first").decode(), "data:x;base64,c2Vjb25k"]}
+    )
+    files = (
+        Artifact(name="0.png", content_type="image/png"),
+        Artifact(name="there.png", content_type="image/png", target="/view?filename=a%20b.png"),
+        Artifact(name="1.png", content_type="image/png"),
+        Artifact(name="2.png", content_type="image/png"),
+    )
+    result = RecordedResult(document=msgspec.Raw(document), engine=engine.url, artifacts=files)
+    await door.gateway.finish(job, result=result)
+    found: list[bytes] = []
+    for number in range(3):
+        async with door.client.get(f"{JOBS}/{job}/artifacts/{number}") as answer:
+            assert answer.status == 200 and answer.headers["Content-Type"] == "image/png"
+            found.append(await answer.read())
+    assert found == [b"first", b"from /view?filename=a%20b.png", b"second"]
+    gone = await door.json("GET", f"{JOBS}/{job}/artifacts/3", status=404)
+    assert gone["error"]["code"] == "unavailable"
 
 
 @pytest.mark.parametrize(

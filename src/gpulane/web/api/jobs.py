@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import assert_never
-from urllib.parse import quote
 
 from aiohttp import web
 
@@ -12,6 +11,7 @@ from gpulane.errors import BadRequest, NotFound, NotPermitted
 from gpulane.store.base import Code, JobQuery, JobRecord
 from gpulane.web.api.asked import Asked, Endpoint, json_response, own_record
 from gpulane.web.api.documents import ArtifactList, JobChange, JobDocument, JobList, NewJobRequest
+from gpulane.web.api.files import file_response
 from gpulane.web.api.submitting import Submissions, band_and_priority
 from gpulane.web.api.views import artifact_documents, job_document
 from gpulane.web.bodies import MIB, decode, read_body, suggestion
@@ -23,13 +23,6 @@ from gpulane.web.ports import JobsPort, Role, WebContext
 PAGE_MAX = 500
 SMALL_BODY_BYTES_MAX = 64 * 1024
 _JOB = "/gpulane/v1/jobs/{id}"
-_SHOWN_INLINE = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "video/", "audio/")
-_FILE_HEADERS = {
-    # Files are made by others' workflows: never let one run as a page of ours.
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'",
-    "Cache-Control": "private, max-age=86400, immutable",
-}
 
 
 class JobsApi:
@@ -195,19 +188,9 @@ class JobsApi:
             raise _no_result(record)
         if not (text.isascii() and text.isdigit() and int(text[:9]) < len(result.artifacts)):
             raise NotFound(f"The result has {len(result.artifacts)} files, from 0.", code="no_such_artifact")
-        about = result.artifacts[int(text)]
-        path = await self._jobs.artifact(record.job.id, int(text))
-        if path is None:
-            raise NotFound("This file is no longer kept.", code="unavailable")
-        kind = about.content_type.partition(";")[0].strip().lower()
-        shown = "inline" if kind.startswith(_SHOWN_INLINE) else "attachment"
-        name = about.name.rpartition("/")[2]
-        headers = {
-            **_FILE_HEADERS,
-            "Content-Type": kind or "application/octet-stream",
-            "Content-Disposition": f"{shown}; filename*=UTF-8''{quote(name, safe='')}",
-        }
-        return web.FileResponse(path, headers=headers)
+        number = int(text)
+        path = await self._jobs.artifact(record.job.id, number)
+        return await file_response(asked.request, self._context.engines, result, number, path)
 
 
 def _states(asked: Asked) -> frozenset[JobState]:
