@@ -7,7 +7,8 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from gpulane.errors import ClientError, GpulaneError, NotPermitted
+from gpulane.errors import ClientError, EngineError, GpulaneError, NotPermitted, StoreError
+from gpulane.relay import AnswerGone
 from gpulane.web.ports import Identity, Role
 
 NOT_FOUND: Final = b'{"detail":"Not Found"}'
@@ -40,10 +41,10 @@ class OperatorsOnly(NotPermitted):
     """It concerns the engine and everybody who uses it."""
 
 
-def call_failed(error: GpulaneError) -> ClientError:
+def call_failed(error: GpulaneError) -> GpulaneError:
     """Put the end of a held job that brought no answer into a status and words for its client."""
-    if isinstance(error, ClientError):
-        return error
+    if isinstance(error, ClientError | EngineError | StoreError | AnswerGone):
+        return error  # no word about the job: put into words for all services alike
     failed = CallFailed(error.message, code=error.code)
     failed.status = _JOB_STATUSES.get(error.code, CallFailed.status)
     return failed

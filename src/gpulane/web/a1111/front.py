@@ -27,9 +27,12 @@ from gpulane.web.a1111.answers import (
     require_user,
 )
 from gpulane.web.a1111.calls import Calls
-from gpulane.web.a1111.lists import LISTS, Lists, without_secrets
+from gpulane.web.a1111.engine_calls import EngineCalls
+from gpulane.web.a1111.gradio import GradioCalls
+from gpulane.web.a1111.lists import ASK_TIMEOUTS, LISTS, Lists, without_secrets
 from gpulane.web.a1111.options import Options
 from gpulane.web.a1111.own import OwnJobs, Starts, shown_id
+from gpulane.web.a1111.page import Page
 from gpulane.web.a1111.stopping import Stopping
 from gpulane.web.bodies import read_body
 from gpulane.web.ports import Identity, WebContext
@@ -51,6 +54,9 @@ class A1111Front:
         self._calls = Calls(context, self._lists, self._options, self._own)
         self._stopping = Stopping(context.jobs, context.engines, self._own)
         self._relay = RelayTo(context)
+        engine_calls = EngineCalls(context)
+        self._page = Page(engine_calls)
+        self._gradio = GradioCalls(context, self._relay, engine_calls)
         self._starts = Starts(lambda: asyncio.get_running_loop().time())
         self._end_listening = context.jobs.listen(self._starts.hear)
 
@@ -69,13 +75,14 @@ class A1111Front:
                     require_user(identity)
                 return await self._pass_on(request, target, identity)
             case Route.CLOSED:
-                raise _closed(path)
+                return await self._answer_closed(request, target, identity)
             case _:
                 assert_never(route)
 
     async def close(self) -> None:
         """Close what is open, so that the server can stop."""
         self._end_listening()
+        await self._gradio.close()
         await self._relay.close()
 
     # --- what is answered here
@@ -150,7 +157,9 @@ class A1111Front:
 
     async def _flags(self, identity: Identity) -> web.StreamResponse:
         engine = self._relay.engine_of(Service.A1111, identity)
-        status, body = await self._context.engines.wire(engine.url).get_json("/sdapi/v1/cmd-flags")
+        status, body = await self._context.engines.wire(engine.url).get_json(
+            "/sdapi/v1/cmd-flags", timeouts=ASK_TIMEOUTS
+        )
         if status == HTTPStatus.NOT_FOUND:
             return json_bytes(NOT_FOUND, status)
         try:
@@ -176,7 +185,9 @@ class A1111Front:
         query = _task_query(await read_body(request, ORDER_BYTES_MAX))
         record = await self._own.find(identity.account, query.id_task) if query.id_task else None
         if record is None:
-            return progress.TaskShown()
+            # A bar over a call that was refused has to end at once.
+            is_refused = self._gradio.is_refused(identity.account, query.id_task or "")
+            return progress.TaskShown(completed=is_refused)
         if record.state is JobState.RUNNING:
             return progress.task_running(self._running(record), query)
         return progress.task_not_running(record, self._jobs.place(record.job.id), self._waiting_count())
@@ -193,17 +204,25 @@ class A1111Front:
     # --- what is not
 
     async def _pass_on(self, request: web.Request, target: str, identity: Identity) -> web.StreamResponse:
-        return await self._relay.pass_on(request, target, self._relay.engine_of(Service.A1111, identity))
+        engine = self._relay.engine_of(Service.A1111, identity)
+        if self._page.rewrites(request, target.partition("?")[0]):
+            return await self._page.answer(request, target, engine)
+        return await self._relay.pass_on(request, target, engine)
 
-
-def _closed(path: str) -> NotPermitted:
-    if is_gradio_call(path):
-        return NotPermitted("This call of the page is closed.", code="closed")
-    return NotPermitted(
-        "This path is closed: it would reach past the queue, or shows the insides of an engine.",
-        hint="allow_routes in the settings opens it",
-        code="closed",
-    )
+    async def _answer_closed(
+        self, request: web.Request, target: str, identity: Identity
+    ) -> web.StreamResponse:
+        """Let the page's harmless calls through; everything else stays closed."""
+        if is_gradio_call(target.partition("?")[0]):
+            require_user(identity)
+            answer = await self._gradio.answer(request, target, identity)
+            if answer is not None:
+                return answer
+        raise NotPermitted(
+            "This path is closed: it would reach past the queue, or shows the insides of an engine.",
+            hint="allow_routes in the settings opens it",
+            code="closed",
+        )
 
 
 def _task_query(body: bytes) -> progress.TaskQuery:

@@ -17,7 +17,10 @@ import msgspec
 from gpulane.adapters.a1111.catalogue import DOCUMENTS, Catalogue, merged, merged_document, read_catalogue
 from gpulane.core.model import EngineState, EngineUrl, Service
 from gpulane.web.ports import EnginesPort, EngineView
+from gpulane.wire import Timeouts
 
+ASK_TIMEOUTS: Final = Timeouts(first_byte_seconds=10.0)
+"""For what is asked of an engine while a client waits for it."""
 SECRET_FLAGS: Final = re.compile(r"auth|pass|token|secret|key|ngrok")
 """Command line flags whose values are shown to nobody (webui issue 17411: the page's password)."""
 LISTS: Final[Mapping[str, str]] = {

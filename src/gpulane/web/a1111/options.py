@@ -16,7 +16,7 @@ from gpulane.adapters.a1111.fields import Body, split
 from gpulane.adapters.a1111.options import CHECKPOINT, carried, merged_options, merged_own, read_change
 from gpulane.core.model import Account, Service
 from gpulane.errors import NotPermitted, Unavailable
-from gpulane.web.a1111.lists import Lists
+from gpulane.web.a1111.lists import ASK_TIMEOUTS, Lists
 from gpulane.web.ports import EnginesPort, EngineView, Identity, Role, ValuesPort
 
 KIND = "a1111_options"
@@ -86,7 +86,9 @@ class Options:
         told = self._lists.options_of(engine)
         if told is not None:
             return told
-        status, body = await self._engines.wire(engine.url).get_json("/sdapi/v1/options")
+        status, body = await self._engines.wire(engine.url).get_json(
+            "/sdapi/v1/options", timeouts=ASK_TIMEOUTS
+        )
         if status != HTTPStatus.OK:
             raise Unavailable("The engine does not tell its options.", code="no_options")
         return body
