@@ -270,7 +270,7 @@ class Evidence:
             return
         self.place = place
         self.was_accepted = True
-        if self.phase >= Phase.KNOWN:  # what said that it was over was of an earlier run of the same id
+        if self.phase is Phase.FREE:  # what said that it was over was of an earlier run of the same id
             self.phase, self.verdict, self.error, self.outputs = Phase.WAITING, None, None, {}
         self.phase = max(self.phase, Phase.STARTED if place is Place.RUNNING else Phase.WAITING)
 
