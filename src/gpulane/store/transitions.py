@@ -326,11 +326,13 @@ def fail(
 
 
 def was_failed(row: Row, token: Token) -> bool:
-    """Whether `fail` was accepted for this token: the verb came again."""
+    """Whether this attempt has been told to be over, so that `fail` changes nothing more: most likely it
+    came again.
+    """
+    if row.state in ENDED:
+        return row.state is JobState.CANCELLED and row.ended_by == token  # as was wanted meanwhile
     attempt = row.attempt(token)
-    is_failed = attempt is not None and attempt.state is AttemptState.FAILED
-    is_ours = row.state is JobState.CANCELLED and row.ended_by == token  # as was wanted meanwhile
-    return is_failed and (row.state not in ENDED or is_ours)
+    return attempt is not None and attempt.state is AttemptState.FAILED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

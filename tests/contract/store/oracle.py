@@ -170,7 +170,7 @@ class Oracle:
         if job is None:
             return "unknown"
         how = job.past.get(token, ("", ""))[0]
-        if how == "failed" and job.holder != token and (not job.is_over or self.went_by(job, token)):
+        if self.went_by(job, token) if job.is_over else how == "failed" and job.holder != token:
             return "ok"
         if job.holder != token or not job.has_started:
             return "stale"

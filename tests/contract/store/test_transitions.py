@@ -51,7 +51,7 @@ TABLE: Final[dict[str, str]] = {
     ),
     "finish_badly": "unknown stale stale ok>failed ok>cancelled ok>failed stale stale ok ok stale ok",
     "fail": (
-        "unknown stale stale ok>waiting_retry ok>cancelled ok>waiting_retry ok stale stale stale stale stale"
+        "unknown stale stale ok>waiting_retry ok>cancelled ok>waiting_retry ok stale stale stale stale ok"
     ),
     "resume": ("unknown gone gone ok>running ok>running ok>running gone ok>running gone gone gone gone"),
     "expire": "unknown stale not_due not_due not_due ok stale stale stale stale stale stale",
