@@ -158,11 +158,8 @@ def _says(entry: Entry, kind: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEntry:
-    """One entry of /api/jobs, and what lists are sorted and filtered by."""
+    """One entry of /api/jobs."""
 
-    status: str
-    create_time: int
-    duration_ms: int
     workflow_id: str | None
     fields: dict[str, object]
 
@@ -184,7 +181,7 @@ def job_status(record: JobRecord) -> str:
 
 def unended_entry(record: JobRecord, item: list[msgspec.Raw]) -> JobEntry:
     """Write a waiting or running job."""
-    return _entry(record, _workflow_id(item[3]), {"outputs_count": 0}, duration_ms=0)
+    return _entry(record, _workflow_id(item[3]), {"outputs_count": 0})
 
 
 def ended_entry(record: JobRecord, entry: Entry) -> JobEntry:
@@ -199,8 +196,7 @@ def ended_entry(record: JobRecord, entry: Entry) -> JobEntry:
     fields["outputs_count"] = count
     if preview is not None:
         fields["preview_output"] = preview
-    duration = max(0, (ended or 0) - started) if started else 0
-    return _entry(record, _workflow_id(entry.prompt[3]), fields, duration_ms=duration)
+    return _entry(record, _workflow_id(entry.prompt[3]), fields)
 
 
 def whole_entry(job: JobEntry, entry: Entry) -> dict[str, object]:
@@ -212,9 +208,7 @@ def whole_entry(job: JobEntry, entry: Entry) -> dict[str, object]:
     }
 
 
-def _entry(
-    record: JobRecord, workflow_id: str | None, fields: dict[str, object], *, duration_ms: int
-) -> JobEntry:
+def _entry(record: JobRecord, workflow_id: str | None, fields: dict[str, object]) -> JobEntry:
     head: dict[str, object] = {
         "id": shown_id(record),
         "status": job_status(record),
@@ -222,13 +216,7 @@ def _entry(
         "create_time": milliseconds(record.submitted_at),
     }
     tail: dict[str, object] = {} if workflow_id is None else {"workflow_id": workflow_id}
-    return JobEntry(
-        status=job_status(record),
-        create_time=milliseconds(record.submitted_at),
-        duration_ms=duration_ms,
-        workflow_id=workflow_id,
-        fields=head | fields | tail,
-    )
+    return JobEntry(workflow_id=workflow_id, fields=head | fields | tail)
 
 
 class _Workflow(msgspec.Struct):

@@ -62,6 +62,7 @@ class Events:
         self._now_ms = now_ms
         self._sockets: dict[Account, dict[str, set[ClientSocket]]] = {}
         self._statuses: dict[Account, _StatusPace] = {}
+        self._repeats: set[tuple[Account, str]] = set()
         self._stops = [jobs.listen(self._hear), jobs.hub.listen(self._hear_progress)]
 
     # --- sockets come and go
@@ -121,8 +122,7 @@ class Events:
                     if (live := self._live.get(event.job)) is not None:
                         live.has_run = True
                 case AttemptFailed():
-                    if (live := self._live.get(event.job)) is not None:
-                        live.begin_again()
+                    self._live.fell_back(event.job)
                 case JobEnded():
                     if (live := self._live.ended(event.job)) is not None:
                         self._end(live, event)
@@ -147,10 +147,21 @@ class Events:
         self._tell(live, frames.end_of_run(live.shown_id))
         if not live.has_run and live.client_id is not None:
             # The page takes any end for that of the prompt it shows; what really runs is told once more.
-            for other in self._live.running_of(live.account, live.client_id):
-                for text in (other.replay.start, *other.replay.messages()):
+            self._repeat_soon(live.account, live.client_id)
+
+    def _repeat_soon(self, account: Account, client_id: str) -> None:
+        """Tell a client what runs, once after however many cancels came together."""
+        if not self._repeats:
+            asyncio.get_running_loop().call_soon(self._repeat)
+        self._repeats.add((account, client_id))
+
+    def _repeat(self) -> None:
+        repeats, self._repeats = self._repeats, set()
+        for account, client_id in repeats:
+            for live in self._live.running_of(account, client_id):
+                for text in (live.replay.start, *live.replay.messages()):
                     if text is not None:
-                        self._tell(other, text)
+                        self._tell(live, text)
 
     # --- what engines say
 
@@ -166,11 +177,10 @@ class Events:
             return
         is_end = message.kind in VERDICTS or message.is_idle_word
         if not is_end:
-            self._live.replay_of(job).note(message.kind, text)
+            self._live.note(job, message.kind, text)
         live = self._live.get(job)
         if live is None:
             return
-        live.has_run = True
         if is_end:
             live.hold(message.kind, text)
             return

@@ -82,6 +82,14 @@ def read_wanted(query: str) -> Wanted:
     return Wanted(filename=filename, subfolder=subfolder, kind=kind, is_changed=changed)
 
 
+class _Uploaded(msgspec.Struct):
+    """What ComfyUI answers to an upload."""
+
+    name: str
+    subfolder: str = ""
+    type: str = "input"
+
+
 class FileIndex:
     """Which job made a file: filled by what passes by, and from results when asked for something older."""
 
@@ -93,7 +101,11 @@ class FileIndex:
 
     def note(self, account: Account, job: JobId, output: msgspec.Raw) -> None:
         """Remember the files of one node's output."""
-        for file in files_of({"": msgspec.json.decode(output)}):
+        try:
+            files = files_of({"": msgspec.json.decode(output)})
+        except ValueError:
+            return  # text that is no Unicode: such a name can be asked for by nobody
+        for file in files:
             self._remember(account, file.target, job)
 
     async def job_of(self, account: Account, target: str) -> JobId | None:
@@ -141,6 +153,7 @@ class Files:
         self._index = index
         self._lists = lists
         self._folder = folder
+        self._uploaded: OrderedDict[tuple[Account, str], None] = OrderedDict()
 
     async def place_of(self, account: Account, wanted: Wanted) -> FilePlace | None:
         """Tell where a file of the account is; None when none of its jobs made one of that name."""
@@ -159,7 +172,13 @@ class Files:
             url = record.attempts[-1].engine
         return next((view for view in self._lists.live() if view.url == url), None)
 
-    async def upload(self, request: web.Request, target: str, first: EngineView) -> web.Response:
+    def was_uploaded(self, account: Account, wanted: Wanted) -> bool:
+        """Tell whether the account uploaded it, to whatever folder: then every engine has it."""
+        return (account, wanted.target) in self._uploaded
+
+    async def upload(
+        self, request: web.Request, target: str, first: EngineView, account: Account
+    ) -> web.Response:
         """Send an upload to every live engine, and answer what the first one says."""
         with tempfile.TemporaryFile(dir=self._folder) as file:
             size = await _spool(request, file)
@@ -171,7 +190,17 @@ class Files:
             raise Unavailable("No engine took the upload.", retry_after_seconds=5.0)
         if any(answer.body != answers[0].body for answer in answers):
             _log.warning("upload_named_differently", engines=len(answers))
+        self._note_upload(account, answers[0])
         return answers[0]
+
+    def _note_upload(self, account: Account, answer: web.Response) -> None:
+        try:
+            said = msgspec.json.decode(answer.body if isinstance(answer.body, bytes) else b"", type=_Uploaded)
+        except msgspec.DecodeError:
+            return  # a refusal
+        self._uploaded[account, view_target(said.name, said.subfolder, said.type)] = None
+        while len(self._uploaded) > KNOWN_MAX:
+            self._uploaded.popitem(last=False)
 
     async def _send(
         self, view: EngineView, target: str, headers: list[tuple[str, str]], file: IO[bytes], size: int
@@ -196,13 +225,18 @@ def copied_answer(path: Path, filename: str) -> web.FileResponse:
     content_type = content_type_of(filename)
     if not content_type.startswith(SHOWN_AS_THEY_ARE):
         content_type = "application/octet-stream"
-    plain = filename.encode("ascii", "replace").decode().replace('"', "'").replace("\\", "_")
     headers = {
         "Content-Type": content_type,
-        "Content-Disposition": f'filename="{"".join(c for c in plain if c.isprintable())}"',
+        "Content-Disposition": f'filename="{copied_name(filename)}"',
         "X-Content-Type-Options": "nosniff",
     }
     return web.FileResponse(path, headers=headers)
+
+
+def copied_name(filename: str) -> str:
+    """Write a file's name so that it fits into a header."""
+    plain = filename.encode("ascii", "replace").decode().replace('"', "'").replace("\\", "_")
+    return "".join(character for character in plain if character.isprintable())
 
 
 def _number_of(result: RecordedResult | None, target: str) -> int | None:

@@ -170,7 +170,7 @@ class ComfyUIFront:
             case ["models" | "embeddings"] | ["models", _]:
                 found = await self._lists.union("/" + "/".join(parts))
             case ["features"]:
-                found = await self._lists.features()
+                found = self._lists.features()
             case ["system_stats"]:
                 first = self._relay.engine_of(Service.COMFYUI, identity)
                 found = await self._lists.system_stats(first, with_arguments=is_operator(identity))
@@ -186,7 +186,7 @@ class ComfyUIFront:
         socket = ClientSocket(
             account=identity.account,
             client_id=request.query.get("clientId") or self._context.new_job_id().replace("-", ""),
-            features=await self._lists.features(),
+            features=self._lists.features(),
         )
         await socket.open(request)
         self._events.join(socket)
@@ -203,7 +203,7 @@ class ComfyUIFront:
         place = await self._files.place_of(identity.account, wanted)
         target = f"/view?{query}"
         if place is None:
-            if wanted.kind == "input":
+            if wanted.kind == "input" or self._files.was_uploaded(identity.account, wanted):
                 return await self._pass_on(request, target, identity)
             raise NotFound("No such file.")
         if place.copied is not None and (place.engine is None or not wanted.is_changed):
@@ -216,7 +216,7 @@ class ComfyUIFront:
         require_user(identity)
         first = self._relay.engine_of(Service.COMFYUI, identity)
         try:
-            return await self._files.upload(request, target, first)
+            return await self._files.upload(request, target, first, identity.account)
         except TooLarge:
             return too_large(UPLOAD_BYTES_MAX)
 

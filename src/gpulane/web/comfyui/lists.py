@@ -87,6 +87,18 @@ class Lists:
         lacks = sorted((needs - offer for offer in offers), key=len)
         return nowhere or (lacks[0] if lacks else frozenset())
 
+    def features(self) -> bytes:
+        """Return what all engines can do and we pass on."""
+        told: list[dict[str, object]] = []
+        for view in self.live():
+            if view.description is not None:
+                try:
+                    known = view.description.documents.get("features", b"{}")
+                    told.append(msgspec.json.decode(known, type=dict[str, object]))
+                except msgspec.DecodeError:
+                    told.append({})
+        return msgspec.json.encode(shared_features(told))
+
     def _read_catalogs(self) -> list[tuple[Combos, frozenset[str]]]:
         found: list[tuple[Combos, frozenset[str]]] = []
         for view in self.live():
@@ -117,16 +129,6 @@ class Lists:
             except msgspec.DecodeError:
                 return answers[0]
         return msgspec.json.encode(list(united))
-
-    async def features(self) -> bytes:
-        """Return what all engines can do and we pass on."""
-        told: list[dict[str, object]] = []
-        for answer in await self._ask_all("/features"):
-            try:
-                told.append(msgspec.json.decode(answer, type=dict[str, object]))
-            except msgspec.DecodeError:
-                continue
-        return msgspec.json.encode(shared_features(told))
 
     async def system_stats(self, first: EngineView, *, with_arguments: bool) -> bytes | None:
         """Return one engine's statistics with the devices of all; its command line for operators only."""

@@ -80,6 +80,8 @@ class LiveJobs:
     def __init__(self, own: OwnJobs) -> None:
         self._own = own
         self._jobs: dict[JobId, LiveJob] = {}
+        self._running: set[JobId] = set()
+        """Those that an engine has begun: a few, among many that wait."""
         self._counts: Counter[Account] = Counter()
         self._loaded: set[Account] = set()
         self._loading: dict[Account, set[JobId]] = {}
@@ -96,20 +98,31 @@ class LiveJobs:
 
     def running_of(self, account: Account, client_id: str) -> list[LiveJob]:
         """List the jobs of one client id that an engine has begun."""
+        running = (self._jobs.get(job) for job in self._running)
         return [
             live
-            for live in self._jobs.values()
-            if live.account == account and live.client_id == client_id and live.replay.executing is not None
+            for live in running
+            if live is not None and (live.account, live.client_id) == (account, client_id)
         ]
 
-    def replay_of(self, job: JobId) -> Replay:
-        """Return where the state of a running job is kept, known or not."""
+    def note(self, job: JobId, kind: str, message: bytes) -> None:
+        """Keep the newest message of a running job, known or not."""
         live = self._jobs.get(job)
+        if live is None:
+            while len(self._strays) >= STRAYS_MAX:
+                del self._strays[next(iter(self._strays))]
+            self._strays.setdefault(job, Replay()).note(kind, message)
+            return
+        live.replay.note(kind, message)
+        live.has_run = True
+        self._running.add(job)
+
+    def fell_back(self, job: JobId) -> None:
+        """Forget an attempt that failed: the job waits again."""
+        live = self._jobs.get(job)
+        self._running.discard(job)
         if live is not None:
-            return live.replay
-        while len(self._strays) >= STRAYS_MAX:
-            del self._strays[next(iter(self._strays))]
-        return self._strays.setdefault(job, Replay())
+            live.begin_again()
 
     # --- what becomes of a job
 
@@ -138,6 +151,7 @@ class LiveJobs:
     def ended(self, job: JobId) -> LiveJob | None:
         """Forget a job; None when it was never met."""
         self._strays.pop(job, None)
+        self._running.discard(job)
         for ended in self._loading.values():
             ended.add(job)
         live = self._jobs.pop(job, None)
@@ -154,6 +168,8 @@ class LiveJobs:
             self.stored(record.job)
             live = self._jobs[record.job.id]
             live.replay = self._strays.pop(record.job.id, live.replay)
+        if live.replay.executing is not None:
+            self._running.add(live.job)
         live.client_id = meta_of(record).client_id
         live.shown_id = shown_id(record)
         live.has_run = live.has_run or is_running(record)

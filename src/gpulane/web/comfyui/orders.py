@@ -7,6 +7,7 @@ look alike.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 import msgspec
@@ -16,7 +17,7 @@ from gpulane.core.model import ENDED, WAITING, JobId
 from gpulane.store.base import Code, JobRecord
 from gpulane.web.comfyui.answers import done, json_answer, json_bytes, read_order, require_user, trouble
 from gpulane.web.comfyui.archive import Archive
-from gpulane.web.comfyui.entries import STATUSES, JobEntry, unended_entry, whole_entry
+from gpulane.web.comfyui.entries import STATUSES, JobEntry, job_status, unended_entry, whole_entry
 from gpulane.web.comfyui.live import LiveJobs
 from gpulane.web.comfyui.own import OwnJobs, is_running, leaves_trace, shown_id
 from gpulane.web.patience import finished
@@ -29,6 +30,9 @@ HISTORY_ITEMS_MAX: Final = 1_000
 ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
 """One list is cut here."""
 IDS_MAX: Final = 10_000
+BREATH_JOBS: Final = 50
+"""Cancels in a row; each is two messages to its client."""
+UNENDED_STATUSES: Final = frozenset({"pending", "in_progress"})
 
 
 class _QueueOrder(msgspec.Struct):
@@ -155,17 +159,16 @@ class Orders:
             offset = max(0, int(query.get("offset", 0)))
         except ValueError:
             return json_answer({"error": "limit and offset must be integers"}, 400)
-        found = await self._entries(identity, frozenset(wanted or STATUSES))
-        workflow = query.get("workflow_id")
-        chosen = [entry for entry in found if workflow is None or entry.workflow_id == workflow]
-        by_duration = query.get("sort_by") == "execution_duration"
-        chosen.sort(
-            key=lambda entry: entry.duration_ms if by_duration else entry.create_time,
-            reverse=query.get("sort_order", "desc") != "asc",
-        )
-        end = len(chosen) if limit is None else offset + max(0, limit)
-        page = {"offset": offset, "limit": limit, "total": len(chosen), "has_more": end < len(chosen)}
-        return json_answer({"jobs": [entry.fields for entry in chosen[offset:end]], "pagination": page})
+        records = await self._with_status(identity, frozenset(wanted or STATUSES))
+        if (workflow := query.get("workflow_id")) is not None:
+            shown = [(record, await self._entry(record)) for record in records]
+            records = [record for record, entry in shown if entry.workflow_id == workflow]
+        key = duration_of if query.get("sort_by") == "execution_duration" else submission_of
+        records.sort(key=key, reverse=query.get("sort_order", "desc") != "asc")
+        end = len(records) if limit is None else offset + max(0, limit)
+        jobs = [(await self._entry(record)).fields for record in records[offset:end]]
+        page = {"offset": offset, "limit": limit, "total": len(records), "has_more": end < len(records)}
+        return json_answer({"jobs": jobs, "pagination": page})
 
     async def job(self, job_id: str, identity: Identity) -> web.Response:
         """GET /api/jobs/{id}."""
@@ -197,15 +200,19 @@ class Orders:
         count = await finished(self._cancel_all([record for record in wanted if record.state not in ENDED]))
         return json_answer({"cancelled": count > 0})
 
-    async def _entries(self, identity: Identity, statuses: frozenset[str]) -> list[JobEntry]:
-        found: list[JobEntry] = []
-        if statuses & {"pending", "in_progress"}:
-            for record in (await self._own.unended(identity.account))[:QUEUE_ITEMS_MAX]:
-                found.append(unended_entry(record, await self._archive.queue_item(record)))
-        if statuses - {"pending", "in_progress"}:
-            for record in (await self._own.ended(identity.account))[-HISTORY_ITEMS_MAX:]:
-                found.append((await self._archive.written(record)).job)
-        return [entry for entry in found if entry.status in statuses]
+    async def _with_status(self, identity: Identity, statuses: frozenset[str]) -> list[JobRecord]:
+        """Read only what can match: pages ask for the queue and the history by themselves, all the time."""
+        found: list[JobRecord] = []
+        if statuses & UNENDED_STATUSES:
+            found += (await self._own.unended(identity.account))[:QUEUE_ITEMS_MAX]
+        if statuses - UNENDED_STATUSES:
+            found += await self._own.ended(identity.account, HISTORY_ITEMS_MAX)
+        return [record for record in found if job_status(record) in statuses]
+
+    async def _entry(self, record: JobRecord) -> JobEntry:
+        if record.state in ENDED:
+            return (await self._archive.written(record)).job
+        return unended_entry(record, await self._archive.queue_item(record))
 
     # --- what orders do
 
@@ -215,7 +222,9 @@ class Orders:
 
     async def _cancel_all(self, records: list[JobRecord]) -> int:
         count = 0
-        for record in records:
+        for number, record in enumerate(records):
+            if number % BREATH_JOBS == 0:
+                await asyncio.sleep(0)  # the sockets send what has come before more comes
             reply = await self._jobs.cancel(record.job.id)
             count += reply.code in {Code.CANCELLED, Code.CANCELLING}
         return count
@@ -233,3 +242,14 @@ def paged(records: list[JobRecord], most: int | None, offset: int) -> list[JobRe
     most = max(0, most)
     start = offset if offset >= 0 else max(0, len(records) - most)
     return records[start : start + most]
+
+
+def submission_of(record: JobRecord) -> float:
+    return record.submitted_at
+
+
+def duration_of(record: JobRecord) -> float:
+    """Return how long it ran; 0 for what has not."""
+    if record.started_at is None or record.finished_at is None:
+        return 0.0
+    return max(0.0, record.finished_at - record.started_at)

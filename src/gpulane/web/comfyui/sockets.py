@@ -73,7 +73,11 @@ class ClientSocket:
     async def close(self) -> None:
         """Say goodbye: the gateway stops."""
         self._is_over = True
-        await self._response.close(code=WSCloseCode.GOING_AWAY, message=b"Server shutdown")
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._response.close(code=WSCloseCode.GOING_AWAY, message=b"Server shutdown")
+        except TimeoutError:
+            self._give_up()
 
     def _put(self, letter: Letter) -> None:
         if self._is_over:
