@@ -74,7 +74,7 @@ class StandIn:
         self._listeners: list[Listener] = []
         self._clients: dict[EngineUrl, EngineClient] = {}
         self._values: dict[tuple[Account, str], bytes] = {}
-        self.store.listen(self._tell)
+        self.store.listen(self.tell)
 
     async def open(self) -> WebContext:
         await self.store.open()
@@ -243,7 +243,8 @@ class StandIn:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
-    def _tell(self, events: tuple[StoreEvent, ...]) -> None:
+    def tell(self, events: tuple[StoreEvent, ...]) -> None:
+        """Let listeners hear events."""
         for listener in tuple(self._listeners):
             listener(events)
 

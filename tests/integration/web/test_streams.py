@@ -136,6 +136,14 @@ async def test_queue_stream_tells_each_only_what_is_theirs(doors: Doors) -> None
         assert (await bob.until("state", what="ended"))["id"] == bobs
 
 
+async def test_counts_are_told_only_when_they_change(door: Door) -> None:
+    async with follow(door, "/gpulane/v1/events") as reader:
+        assert (await reader.until("queue"))["reload"] is True
+        await door.json("POST", "/gpulane/v1/queue/pause")
+        told = await reader.until("queue")
+        assert told["queue"]["paused"] is True and told["reload"] is False
+
+
 async def test_streams_end_with_the_server(doors: Doors) -> None:
     door = await doors.open()
     async with follow(door, "/gpulane/v1/events") as reader:

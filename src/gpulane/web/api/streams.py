@@ -198,9 +198,11 @@ class _QueueStream:
         await self._look(reload=missed is None)
         for fact in missed or ():
             await self._tell(fact)
-        clock = _Clock()
+        clock, is_stale = _Clock(), False
         while not self._subscription.is_closed:
-            await self._subscription.wait(PROGRESS_SECONDS if self._subscription.moved else LOOK_SECONDS)
+            is_pressed = is_stale or bool(self._subscription.moved)
+            await self._subscription.wait(PROGRESS_SECONDS if is_pressed else LOOK_SECONDS)
+            is_stale = is_stale or bool(self._subscription.facts)
             is_behind, self._subscription.is_behind = self._subscription.is_behind, False
             while self._subscription.facts:
                 await self._tell(self._subscription.facts.popleft())
@@ -208,7 +210,8 @@ class _QueueStream:
                 if not await self._is_own(job):
                     self._subscription.moved.discard(job)
             await self._progress.send(self._subscription)
-            if is_behind or clock.is_over(LOOK_SECONDS / 2):
+            if is_behind or clock.is_over(LOOK_SECONDS / 4):
+                is_stale = False
                 await self._look(reload=is_behind)
             await self._stream.beat()
 
@@ -234,15 +237,17 @@ class _QueueStream:
     async def _look(self, *, reload: bool) -> None:
         """Send gpus and counts if they have changed."""
         gpus = await gpu_list(self._jobs, self._identity, is_operator=self._is_operator)
-        await self._send_changed("gpus", GpusMessage(gpus=gpus.gpus))
-        queue = QueueMessage(queue=queue_document(self._jobs.queue()), reload=reload)
-        await self._send_changed("queue", queue, always=reload)
+        if self._has_changed("gpus", gpus):
+            await self._stream.send("gpus", GpusMessage(gpus=gpus.gpus), None)
+        queue = queue_document(self._jobs.queue())
+        if self._has_changed("queue", queue) or reload:
+            await self._stream.send("queue", QueueMessage(queue=queue, reload=reload), None)
 
-    async def _send_changed(self, kind: str, message: msgspec.Struct, *, always: bool = False) -> None:
-        encoded = msgspec.json.encode(message)
-        if always or self._said.get(kind) != encoded:
-            self._said[kind] = encoded
-            await self._stream.send(kind, message, None)
+    def _has_changed(self, kind: str, document: msgspec.Struct) -> bool:
+        encoded = msgspec.json.encode(document)
+        has_changed = self._said.get(kind) != encoded
+        self._said[kind] = encoded
+        return has_changed
 
 
 class _ProgressSender:
