@@ -371,3 +371,44 @@ async def test_a_silent_engine_is_given_up_and_stays_occupied() -> None:
             await client.close()
         assert outcome.failure is not None and outcome.failure.code == "engine_silent"
         assert not outcome.engine_idle
+
+
+async def test_an_engine_that_forgot_the_job_on_a_standing_connection() -> None:
+    """A machine was switched off and on: nobody told the old connection."""
+    asked: list[str] = []
+
+    async def forgetful(peer: Peer) -> None:
+        while head := await peer.head():
+            target = head.split(" ")[1]
+            asked.append(target)
+            await peer.body(head)
+            if target.endswith("/txt2img"):
+                await peer.gone()
+                return
+            if target == "/internal/progress":
+                is_first = asked.count(target) == 1
+                await peer.answer(b'{"active":true,"progress":0.1}' if is_first else b'{"active":false}')
+            else:
+                await peer.answer(b'{"progress":0,"state":{"job":"","job_count":0}}')
+
+    async with raw_engine(forgetful) as engine, scene() as here:
+        client = A1111Client(EngineUrl(engine.url), pace=QUICK, timeout_seconds=1.0)
+        try:
+            outcome = await asyncio.wait_for(client.run(here.attempt(SMALL)), WAIT_SECONDS)
+        finally:
+            await client.close()
+        assert outcome.failure is not None and outcome.failure.code == "engine_restarted"
+        assert outcome.failure.killed_engine and outcome.engine_idle
+        assert asked.count("/sdapi/v1/txt2img") == 1
+
+
+async def test_a_lost_job_does_not_wait_for_a_strangers() -> None:
+    async with scene() as here, asyncio.TaskGroup() as group:
+        attempt = here.attempt(LONG)
+        async with here.running(attempt) as task:
+            await here.sim.server.restart()
+            long = LONG | {"steps": 100, "force_task_id": "theirs"}
+            group.create_task(here.post("/sdapi/v1/txt2img", long))
+            outcome = await task
+        assert outcome.failure is not None and outcome.failure.kind is FailureKind.LOST
+        assert not outcome.engine_idle and here.sim.sim_state()["running"] == "theirs"

@@ -66,6 +66,8 @@ class Catalogue:
     scripts: tuple[Named, ...] | None = None
     """`txt2img:name` and `img2img:name`, lower case as the engine compares them."""
     endpoints: frozenset[str] | None = None
+    options: frozenset[str] | None = None
+    """Names of its options: relatives lack some (Forge has no sd_vae), and fail on unknown names."""
 
 
 Found = TypeVar("Found", Checkpoint, Named)
@@ -135,6 +137,7 @@ def read_catalogue(documents: Mapping[str, bytes]) -> Catalogue:
         loras=_named(documents.get("loras")),
         scripts=_scripts(documents.get("scripts")),
         endpoints=_endpoints(documents.get("openapi")),
+        options=_option_names(documents.get("options")),
     )
 
 
@@ -188,6 +191,11 @@ def _endpoints(document: bytes | None) -> frozenset[str] | None:
     return frozenset(path.removeprefix("/sdapi/v1/").lstrip("/") for path in posts)
 
 
+def _option_names(document: bytes | None) -> frozenset[str] | None:
+    options = _decode(document, dict[str, msgspec.Raw])
+    return None if options is None else frozenset(options)
+
+
 Decoded = TypeVar("Decoded")
 
 
@@ -217,7 +225,8 @@ def offers(catalogue: Catalogue) -> frozenset[str]:
         ("script", catalogue.scripts),
     )
     named = {f"{kind}:{item.name}" for kind, items in kinds for item in items or ()}
-    return frozenset(named | {f"endpoint:{name}" for name in catalogue.endpoints or DEFAULT_ENDPOINTS})
+    endpoints = {f"endpoint:{name}" for name in catalogue.endpoints or DEFAULT_ENDPOINTS}
+    return frozenset(named | endpoints | {f"option:{name}" for name in catalogue.options or ()})
 
 
 DEFAULT_ENDPOINTS: Final = frozenset(
@@ -231,6 +240,7 @@ def merged(catalogues: Sequence[Catalogue]) -> Catalogue:
     (webuiapi).
     """
     endpoints = [c.endpoints for c in catalogues if c.endpoints is not None]
+    options = [c.options for c in catalogues if c.options is not None]
     return Catalogue(
         checkpoints=_merged_checkpoints([c.checkpoints for c in catalogues]),
         samplers=_union([c.samplers for c in catalogues]),
@@ -242,6 +252,7 @@ def merged(catalogues: Sequence[Catalogue]) -> Catalogue:
         loras=_union([c.loras for c in catalogues]),
         scripts=_union([c.scripts for c in catalogues]),
         endpoints=frozenset[str]().union(*endpoints) if endpoints else None,
+        options=frozenset[str]().union(*options) if options else None,
     )
 
 

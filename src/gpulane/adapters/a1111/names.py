@@ -171,6 +171,9 @@ class Names:
             # checked.
             self.checkpoint = self._known_checkpoint(wanted) or wanted
             settings[CHECKPOINT] = _raw(self.checkpoint)
+        # An engine fails on an option that it does not have; one that nobody has is left for it to tell.
+        known = self.catalogue.options or frozenset()
+        self._needs |= {f"option:{key}" for key in settings if key in known and key != CHECKPOINT}
         vae = _text(settings.get("sd_vae"))
         if vae and vae.casefold() not in _SAME:
             settings["sd_vae"] = _raw(self._part("vae", vae, self.catalogue.vaes))

@@ -16,7 +16,7 @@ from gpulane.adapters.a1111.answers import failure_of, ran_other_model, wrong_mo
 from gpulane.adapters.a1111.requests import Meta
 from gpulane.adapters.base import HeaderList
 from gpulane.core.model import NO_MODEL, EngineUrl, Failure, FailureKind, JobState, ModelKey, Seconds
-from gpulane.engine.a1111.beside import Beside
+from gpulane.engine.a1111.beside import WITH_TASK, Beside
 from gpulane.engine.a1111.intake import BadAnswer, Intake
 from gpulane.engine.a1111.looks import Look, Looks, Task
 from gpulane.engine.a1111.pace import Pace
@@ -216,6 +216,7 @@ class Attempt:
         `must_report`: the failure is reported even if the job was to be cancelled.
         """
         idle_since: Seconds | None = None
+        over_since: Seconds | None = None
         heard_at = self._clock()
         restarted = False
         while True:
@@ -232,6 +233,10 @@ class Attempt:
             else:
                 heard_at = now
                 restarted = restarted or seen.task is Task.UNKNOWN
+                over_since = (over_since or now) if self._is_over(seen) else None
+                if over_since is not None and now - over_since >= self._pace.quiet_seconds:
+                    # Ours is over; the engine is busy with a stranger's, and the watch waits for its end.
+                    return self._ended(lost, must_report=must_report, engine_idle=False)
                 if not seen.is_idle:
                     idle_since = None
                     await self._interrupt_if_wanted(seen)
@@ -244,6 +249,11 @@ class Attempt:
                         )
                     return self._ended(lost, must_report=must_report)
             await asyncio.sleep(min(self._pace.poll_seconds, self._pace.quiet_seconds / 2))
+
+    def _is_over(self, seen: Look) -> bool:
+        """Tell whether the engine is busy, but not with our job."""
+        known = seen.task in {Task.COMPLETED, Task.UNKNOWN} and self._meta.endpoint in WITH_TASK
+        return known and not seen.is_idle
 
     async def _interrupt_if_wanted(self, seen: Look) -> None:
         if self._context.cancel_wanted.is_set():

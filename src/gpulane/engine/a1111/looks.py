@@ -117,7 +117,7 @@ class Looks:
 
     async def interrupt(self) -> None:
         """Interrupt whatever runs: the caller has made sure that it is the right one."""
-        await self._calls.fetch("POST", INTERRUPT)
+        await self._calls.fetch("POST", INTERRUPT, fresh=True)
 
     def forget(self) -> None:
         """The engine restarted: nothing that was learned of it counts any more."""

@@ -111,4 +111,6 @@ def test_every_recorded_500_is_the_clients(shared: Path) -> None:
 def test_a_recorded_answer(shared: Path) -> None:
     document = json.loads((shared / "recordings/a1111/txt2img_full_response.json").read_text())
     body = json.dumps(document, separators=(",", ":")).encode()
-    assert read_info(fed(body, 4096)) == Info(sd_model_name="tinyA", job_timestamp="20261121190636", version="1.10.1")
+    assert read_info(fed(body, 4096)) == Info(
+        sd_model_name="tinyA", job_timestamp="20261121190636", version="1.10.1"
+    )

@@ -278,3 +278,11 @@ def test_other_endpoints_pass_as_they_are() -> None:
     context = RequestContext(job=JOB)
     detected = recognize("/controlnet/detect", b'{"controlnet_module":"canny"}', context)
     assert detected.request.target == "/controlnet/detect" and detected.kind == "controlnet/detect"
+
+
+def test_options_that_an_engine_lacks_choose_another_engine() -> None:
+    found = understand({"override_settings": {"s_noise": 1.1, "no_such_option": 1}})
+    assert "option:s_noise" in found.needs and "option:no_such_option" not in found.needs
+    # One's own choice that no engine knows any more is left out; the request's own goes to the engine to be
+    # refused.
+    assert sent(understand({}, own='{"eta_ddim":1}'))["override_settings"] == {}
