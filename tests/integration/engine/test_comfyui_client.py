@@ -267,6 +267,7 @@ async def test_mute_socket_of_a_long_job_is_no_zombie(here: Scene) -> None:
 async def test_zombie_is_told_by_a_job_that_nobody_takes(here: Scene) -> None:
     here.sim.faults.zombie = True
     failed(await here.run(slow()), FailureKind.LOST, "engine_zombie", idle=False, killed=True)
+    assert here.sim.queue.heap == [], "it must not run there later"
 
 
 async def test_canary_proves_life_and_leaves_nothing(here: Scene) -> None:
@@ -388,7 +389,7 @@ async def test_submission_that_timed_out_is_looked_for() -> None:
 async def test_error_500_to_the_submission_is_looked_for(here: Scene) -> None:
     await until(lambda: len(here.sim.hub) == 1)
     here.sim.faults.fail_requests = 1
-    failed(await here.run(slow()), FailureKind.LOST, "engine_lost")
+    failed(await here.run(slow()), FailureKind.LOST, "submission_lost")
     assert here.runs == 0
 
 

@@ -20,6 +20,7 @@ history and queue in one step, then `executing` with node null, then the next pr
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
@@ -68,7 +69,10 @@ class _Queue(msgspec.Struct):
 
 def read_queue(body: bytes) -> QueueView:
     """Read the answer of GET /queue. Raises msgspec.DecodeError when it is none."""
-    queue = msgspec.json.decode(body, type=_Queue)
+    try:
+        queue = msgspec.json.decode(body, type=_Queue)
+    except msgspec.DecodeError:
+        queue = msgspec.json.decode(sound(body), type=_Queue)
     return QueueView(
         running=tuple(str(item.prompt_id) for item in queue.queue_running),
         waiting=tuple(str(item.prompt_id) for item in queue.queue_pending),
@@ -77,8 +81,21 @@ def read_queue(body: bytes) -> QueueView:
 
 def read_history(body: bytes, job: str) -> msgspec.Raw | None:
     """Read the answer of GET /history/{id}: the entry, or None when there is none."""
-    entry = msgspec.json.decode(body, type=dict[str, msgspec.Raw]).get(job)
+    try:
+        entry = msgspec.json.decode(body, type=dict[str, msgspec.Raw]).get(job)
+    except msgspec.DecodeError:
+        entry = msgspec.json.decode(sound(body), type=dict[str, msgspec.Raw]).get(job)
     return None if entry is None else entry.copy()
+
+
+_STRING_OR_CONSTANT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|-?Infinity|NaN', re.DOTALL)
+
+
+def sound(body: bytes) -> bytes:
+    """Put null for NaN and Infinity, which Python writes into JSON: a node's output may hold them, and
+    /queue may (`number: NaN` of somebody who came past us).
+    """
+    return _STRING_OR_CONSTANT.sub(lambda m: m[0] if m[0].startswith(b'"') else b"null", body)
 
 
 # --- messages -----------------------------------------------------------------------------------------------
@@ -134,9 +151,12 @@ _datas = msgspec.json.Decoder(_Data)
 def read_message(raw: str | bytes) -> Message | None:
     """Read a text message; None for what is none (custom nodes send what they like)."""
     try:
-        envelope = _envelopes.decode(raw)
+        try:
+            envelope = _envelopes.decode(raw)
+        except msgspec.DecodeError:
+            envelope = _envelopes.decode(sound(raw.encode() if isinstance(raw, str) else raw))
         data = _datas.decode(envelope.data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
     return Message(
         kind=envelope.type,

@@ -96,7 +96,8 @@ class ComfyUIClient:
         queue = await self._api.queue(fresh=fresh)
         if not fresh:
             await self._refresh_vram()
-        strange = [job for job in (*queue.running, *queue.waiting) if job not in own | self._canary.ids]
+        ours = own | self._canary.ids
+        strange = [job for job in (*queue.running, *queue.waiting) if job not in ours]
         return ProbeReport(
             idle=queue.is_empty,
             strange_jobs=tuple(strange),
@@ -174,12 +175,12 @@ class ComfyUIClient:
                 if not error.sent:
                     return outcomes.not_sent(error.message)
                 watch.look_now()
-                return await self._follow(attempt, watch, node_errors=None)
+                return await self._follow(attempt, watch, refusal=error.message)
             if answer.status in REFUSED:
                 return outcomes.refused(answer, self._url)
             if answer.status != 200:
                 watch.look_now()
-                return await self._follow(attempt, watch, node_errors=None)
+                return await self._follow(attempt, watch, refusal=f"it answered {answer.status}")
             watch.evidence.accept()
             return await self._follow(attempt, watch, node_errors=_node_errors(answer))
 
@@ -187,7 +188,7 @@ class ComfyUIClient:
         with self._watching(attempt, _meta_of(attempt)) as watch:
             watch.evidence.accept()
             watch.look_now()
-            return await self._follow(attempt, watch, node_errors=None)
+            return await self._follow(attempt, watch)
 
     async def _submit(self, attempt: AttemptContext) -> Answer:
         request = attempt.request
@@ -210,7 +211,12 @@ class ComfyUIClient:
             del self._watches[attempt.job.id]
 
     async def _follow(
-        self, attempt: AttemptContext, watch: Watch, *, node_errors: msgspec.Raw | None
+        self,
+        attempt: AttemptContext,
+        watch: Watch,
+        *,
+        node_errors: msgspec.Raw | None = None,
+        refusal: str | None = None,
     ) -> Outcome:
         began, breaks = time.monotonic(), self._events.breaks
         ending = await watch.follow()
@@ -227,6 +233,7 @@ class ComfyUIClient:
             load_seconds=watch.load_seconds,
             elapsed_seconds=time.monotonic() - began,
             node_errors=node_errors,
+            refusal=refusal,
         )
 
     def _settle_socket(self, watch: Watch) -> None:

@@ -50,11 +50,17 @@ def over(
     load_seconds: Seconds | None,
     elapsed_seconds: Seconds,
     node_errors: msgspec.Raw | None,
+    refusal: str | None = None,
 ) -> Outcome:
     """The engine is done with the job, or does not know it (any more)."""
     if evidence.entry is None:
         if is_cancel_wanted:  # deleted while it waited: leaves no trace
             return Outcome(state=JobState.CANCELLED)
+        if not evidence.was_accepted:
+            message = (
+                f"the engine did not take the job ({refusal or 'no answer'}), nor did it appear there later"
+            )
+            return _failed(FailureKind.LOST, "submission_lost", message)
         code = "engine_restarted" if has_restarted else "engine_lost"
         message = "the engine no longer knows the job, neither in its queue nor in its history"
         return _failed(FailureKind.LOST, code, message, killed_engine=has_restarted)

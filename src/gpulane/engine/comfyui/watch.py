@@ -84,6 +84,7 @@ class Watch:
         if message.job is None and message.kind == "executing" and message.node is not None:
             # A reconnect's greeting: something that was sent with our socket's id runs.
             self._has_greeting = True
+            return
         if not is_ours and (message.job is not None or message.kind in OUR_OWN_KINDS or not self._is_live):
             return
         is_step = message.kind == "progress"
@@ -144,8 +145,17 @@ class Watch:
                 self._wake.clear()
             for task in beside:
                 task.cancel()
+        if self._ending is Ending.ZOMBIE:
+            await self._withdraw()
         self.is_mute = self.is_mute or self.evidence.heard == 0
         return Ending.OVER if self.evidence.is_over else self._ending or Ending.OVER
+
+    async def _withdraw(self) -> None:
+        """Take the job out of a queue that nobody works on, so that it cannot run there later as well."""
+        try:
+            await interrupt(self._api, self.evidence.job)
+        except EngineError:
+            pass  # the engine is given up all the same
 
     async def _fetch_entry(self) -> None:
         """The engine said that it is free: what it did is in the history, now or in some milliseconds."""

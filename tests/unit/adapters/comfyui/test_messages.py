@@ -29,7 +29,7 @@ def hear(evidence: Evidence, kind: str, **data: object) -> bool:
 
 
 def entry(word: str = "success") -> Any:
-    status: Any = {
+    status: dict[str, Any] = {
         "status_str": "success" if word == "success" else "error",
         "messages": [[f"execution_{word}", {}]],
     }
@@ -176,6 +176,19 @@ def test_cleared_history_is_made_up_for() -> None:
 )
 def test_strange_messages_are_none(text: str) -> None:
     assert read_message(text) is None
+
+
+def test_numbers_that_are_none_do_not_blind_us() -> None:
+    body = b'{"queue_running":[[NaN,"a",{"t":"NaN \\" [NaN]"},{},[]]],"queue_pending":[[-Infinity,"b",{},{},[]]]}'
+    assert read_queue(body).place_of("b") is Place.WAITING
+    raw = read_history(b'{"a":{"outputs":{"1":{"x":[NaN,Infinity,"NaN"]}}}}', "a")
+    assert raw is not None
+    assert json.loads(bytes(raw))["outputs"] == {"1": {"x": [None, None, "NaN"]}}
+    message = read_message('{"type":"executed","data":{"node":"1","prompt_id":"a","output":{"x":[NaN]}}}')
+    assert message is not None
+    assert (message.job, message.output is not None) == ("a", True)
+    with pytest.raises(ValueError):
+        read_queue(b"<html>NaN</html>")
 
 
 def test_status_tells_how_much_waits() -> None:

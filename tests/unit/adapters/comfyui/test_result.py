@@ -94,7 +94,7 @@ def test_paths_of_the_engine_are_not_shown(message: str, shown: str) -> None:
 
 def test_names_of_files_are_encoded_and_listed_once() -> None:
     item = {"filename": "a b&c=ü.png", "subfolder": "x/y", "type": "output"}
-    outputs: Any = {"9": {"images": [item, item], "text": ["t"]}, "1": {"images": [{}, None]}}
+    outputs: dict[str, Any] = {"9": {"images": [item, item], "text": ["t"]}, "1": {"images": [{}, None]}}
     (file,) = files_of(outputs)
     assert file.target == "/view?filename=a+b%26c%3D%C3%BC.png&subfolder=x%2Fy&type=output"
 
@@ -112,7 +112,7 @@ def test_strange_outputs_have_no_files(outputs: object) -> None:
 
 
 def test_status_word_alone_does_not_decide() -> None:
-    status: Any = {
+    status: dict[str, Any] = {
         "status_str": "success",
         "messages": [["execution_start", {}], ["execution_error", {"node_id": "1"}]],
     }
@@ -157,7 +157,7 @@ def test_short_frames_are_nothing(frame: bytes) -> None:
 
 def test_entry_is_made_the_clients_own() -> None:
     extra: Any = {"client_id": "gpulane-1", "auth_token_comfy_org": "hush", "extra_pnginfo": {"workflow": {}}}
-    value: Any = {
+    value: dict[str, Any] = {
         "prompt": [12, JOB, {"1": {"class_type": "A", "inputs": {}}}, extra, ["1"]],
         "outputs": {},
         "status": {"status_str": "success", "messages": [["execution_start", {"prompt_id": JOB}]]},
