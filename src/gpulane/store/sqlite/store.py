@@ -72,10 +72,10 @@ class SqliteStore:
 
     async def close(self) -> None:
         writer, self._writer = self._writer, None
-        database, self._database = self._database, None
-        if writer is not None and database is not None:
-            await writer.close()
-            await asyncio.to_thread(database.close)
+        if writer is not None:
+            await writer.close()  # which still needs the database, for what was asked before
+            await asyncio.to_thread(self._disk().close)
+            self._database = None
             self._lock.release()
 
     def listen(self, listener: Listener) -> None:
