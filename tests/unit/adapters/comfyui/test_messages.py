@@ -179,7 +179,8 @@ def test_strange_messages_are_none(text: str) -> None:
 
 
 def test_numbers_that_are_none_do_not_blind_us() -> None:
-    body = b'{"queue_running":[[NaN,"a",{"t":"NaN \\" [NaN]"},{},[]]],"queue_pending":[[-Infinity,"b",{},{},[]]]}'
+    running, waiting = b'[NaN,"a",{"t":"NaN \\" [NaN]"},{},[]]', b'[-Infinity,"b",{},{},[]]'
+    body = b'{"queue_running":[' + running + b'],"queue_pending":[' + waiting + b"]}"
     assert read_queue(body).place_of("b") is Place.WAITING
     raw = read_history(b'{"a":{"outputs":{"1":{"x":[NaN,Infinity,"NaN"]}}}}', "a")
     assert raw is not None
