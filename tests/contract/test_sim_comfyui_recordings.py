@@ -254,24 +254,32 @@ async def test_sockets_that_come_back(version: str) -> None:
 async def test_cancelling(version: str) -> None:
     async with replaying("cancel", version, time_scale=0.4) as replay:
         listener = await replay.connect("cl-can")
-        finished: dict[str, int] = {"runs": 0}
-        started = asyncio.get_running_loop().time()
-        first = replay.http[0]["t"]
         for entry in replay.http:
-            path = entry["request"]["path"]
-            due = started + (entry["t"] - first) * 0.4
-            await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
-            if "/history/" in path and entry["body"]:
-                await listener.until(lambda _m: listener.count(NOTHING) > finished["runs"])
-                finished["runs"] += 1
-            if "limit=2" in path:
-                await listener.until(lambda _m: listener.count(NOTHING) >= 4)
+            await until_it_is_time(replay, entry)
             await replay.send(entry)
-        await listener.until(lambda _m: listener.count("execution_interrupted") >= 3)
         ends = ("execution_interrupted", "execution_success", NOTHING)
         recorded = [found for found in labels(replay.data["ws"]) if found in ends]
         await ran(listener, recorded.count(NOTHING))
         assert [found for found in labels(listener.messages) if found in ends] == recorded
+
+
+async def until_it_is_time(replay: Replay, entry: Json) -> None:
+    """Waits for what the recording waited for with its clock."""
+    path: str = entry["request"]["path"]
+    body: dict[str, Json] = entry["request"]["json"] or {}
+    ours = [mine for real, mine in replay.names.items() if real in path or real == body.get("prompt_id")]
+    if "/history/" in path and entry["body"]:
+        await until(replay, lambda state: state["running"] not in ours and ours[0] not in state["pending"])
+    elif path == "/queue" and "delete" in body:
+        await until(replay, lambda state: state["running"] is not None)
+    elif "interrupt" in path and ours:
+        await until(replay, lambda state: state["running"] == ours[0] or ours[0] in state["pending"])
+    elif path == "/queue" and "clear" in body:
+        await until(replay, lambda state: state["running"] is not None and len(state["pending"]) == 1)
+    elif path.endswith("/cancel") and ours:
+        await until(replay, lambda state: state["running"] in ours)
+    elif ("limit=2" in path and entry["status"] == 200) or entry["request"].get("data") == "":
+        await until(replay, lambda state: state["running"] is None)
 
 
 @both

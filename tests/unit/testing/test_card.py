@@ -1,3 +1,5 @@
+"""The simulated card: what it holds, what it logs, and that it never blocks anybody."""
+
 import asyncio
 import multiprocessing
 from pathlib import Path

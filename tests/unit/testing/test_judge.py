@@ -1,3 +1,5 @@
+"""The judge on logs written by hand: overlaps, lost engines, repeated jobs, junk."""
+
 import ast
 import json
 import subprocess

@@ -1,3 +1,5 @@
+"""The engines' pictures: real PNGs with their texts, with Pillow and without."""
+
 from io import BytesIO
 
 import pytest

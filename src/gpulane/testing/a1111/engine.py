@@ -484,7 +484,8 @@ class SimA1111:
     async def _load_selected(self) -> None:
         await self._turn_to_zombie()
         async with self._lock:
-            await self.checkpoints.load(self._selected(), self.card_use, f"options({uuid4().hex[:8]})")
+            if self.checkpoints.loaded != self._selected() or not self._strict_unload:
+                await self.checkpoints.load(self._selected(), self.card_use, f"options({uuid4().hex[:8]})")
             self._retitle()
 
     async def _post_refresh(self, _request: web.Request) -> web.Response:

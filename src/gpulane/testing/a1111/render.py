@@ -129,7 +129,8 @@ async def _sample(job: Rendering, *, checkpoints: Checkpoints, state: State, car
             if state.interrupted or state.stopping_generation:
                 break
             for steps, megapixels in job.passes:
-                await _steps(job, steps, card.card.step_seconds(megapixels, job.batch_size), state, card)
+                seconds = card.card.step_seconds(megapixels, job.batch_size)
+                await _steps(job, steps, seconds, checkpoints=checkpoints, state=state, card=card)
             for index in range(job.batch_size):
                 image_seed = seed + iteration * job.batch_size + index
                 text = info.infotext(image_seed)
@@ -149,12 +150,16 @@ async def _sample(job: Rendering, *, checkpoints: Checkpoints, state: State, car
     return info.as_dict(job, state.job_timestamp)
 
 
-async def _steps(job: Rendering, steps: int, seconds: float, state: State, card: CardUse) -> None:
+async def _steps(
+    job: Rendering, steps: int, seconds: float, *, checkpoints: Checkpoints, state: State, card: CardUse
+) -> None:
     state.sampling_steps, state.sampling_step = steps, 0
     for step in range(1, steps + 1):
         if state.interrupted or state.skipped:
             return
         await card.sleep(seconds)
+        if not checkpoints.is_on_gpu and job.is_strict_about_unload:
+            raise RuntimeError(NOT_ON_GPU)  # unloaded under the sampler
         state.sampling_step = min(step, steps - 1)
         if step * 2 >= steps:
             await _strike(job, card)
