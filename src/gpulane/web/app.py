@@ -5,6 +5,7 @@ One catch-all route on purpose: aiohttp's router would decode paths that belong 
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from collections.abc import Mapping
 from typing import Final, assert_never
@@ -38,6 +39,8 @@ KEEPALIVE_SECONDS: Final = 75.0
 """An idle client connection is closed after this; nginx keeps its own for 60 s."""
 HEADER_BYTES_MAX: Final = 16 * 1024
 """One header line, or the request line: cookies of other services on the same host name reach 8 KiB."""
+PRESENT_SECONDS: Final = 1.0
+"""How long the knowledge of which services have engines is used."""
 _PREPARED: Final = web.RequestKey("PREPARED", bool)
 _OPEN_PATHS: Final = frozenset({"/gpulane/healthz", "/gpulane/readyz"})
 """Answered to anybody: they tell nothing but yes or no, to machines that have no key."""
@@ -91,6 +94,8 @@ class _Door:
         self._metrics = Metrics(context.jobs)
         self._api = NativeApi(context, self._metrics) if root is None else None
         self._service = root if isinstance(root, Service) or root is None else Service.HTTP
+        self._services = frozenset(Service)
+        self._present_until = 0.0
         self._name = "" if isinstance(root, Service) or root is None else root
 
     async def respond(self, request: web.Request) -> web.StreamResponse:
@@ -127,12 +132,19 @@ class _Door:
     def _destination(self, target: str) -> Destination:
         if self._service is not None:
             return ToService(service=self._service, target=target, name=self._name)
-        # No engine at all (a gateway of a fleet, or none asked yet) says nothing about what there will be.
-        present = frozenset(engine.service for engine in self._context.engines.engines()) or frozenset(
-            Service
-        )
+        present = self._present()
         root = root_service(self._context.settings.root, present)
         return destination(target, root=root, present=present)
+
+    def _present(self) -> frozenset[Service]:
+        """Tell which services have engines; asked anew now and then, not for each file."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._present_until:
+            self._present_until = now + PRESENT_SECONDS
+            found = frozenset(engine.service for engine in self._context.engines.engines())
+            # No engine at all (a gateway of a fleet, or none asked yet) tells nothing of what there will be.
+            self._services = found or frozenset(Service)
+        return self._services
 
     async def _answer(self, request: web.Request, found: Destination) -> web.StreamResponse:
         match found:
