@@ -117,7 +117,8 @@ class Reader:
     def finish(self) -> None:
         """Raise what was found wrong."""
         if self.problems:
-            raise Invalid(*self.problems)
+            # A field may have been read more than once.
+            raise Invalid(*dict.fromkeys(self.problems))
 
     def _value(self, name: str, kind: Kind) -> object:
         raw = self.fields.get(name)

@@ -21,6 +21,7 @@ from gpulane.adapters.a1111.fields import Body, Kind, Reader, join, split
 from gpulane.adapters.a1111.names import Names, loras_in
 from gpulane.adapters.a1111.options import check_override
 from gpulane.adapters.a1111.routes import endpoint_of
+from gpulane.adapters.a1111.schema import TYPES
 from gpulane.adapters.base import EngineRequest, HeaderList, Recognized
 from gpulane.core.model import NO_MODEL, JobId, ModelKey, Work
 
@@ -98,7 +99,8 @@ def _generate(endpoint: str, fields: Body, context: RequestContext) -> Recognize
         reader.finish()
         raise EngineRefusal("Init image not found", status=404)
     work = _work(endpoint, reader, context.limits)
-    _check_types(reader)
+    for name, kind in TYPES[endpoint].items():
+        reader.check(name, kind)
     client_task = reader.text(TASK_ID)
     override = reader.object("override_settings") or {}
     own_checkpoint = override.get("sd_model_checkpoint")
@@ -181,29 +183,6 @@ def _second_pass_pixels(reader: Reader, width: int, height: int, limits: Limits)
         return width * height * scale * scale
     # One side given: the other follows in proportion.
     return (wide or width * high / max(height, 1)) * (high or height * wide / max(width, 1))
-
-
-_TYPES: Final[dict[str, Kind]] = {
-    **dict.fromkeys(("seed", "subseed", "seed_resize_from_h", "seed_resize_from_w"), Kind.INT),
-    **dict.fromkeys(
-        ("firstphase_width", "firstphase_height", "resize_mode", "mask_blur", "mask_blur_x"), Kind.INT
-    ),
-    **dict.fromkeys(("mask_blur_y", "inpainting_fill", "inpaint_full_res_padding"), Kind.INT),
-    **dict.fromkeys(
-        ("cfg_scale", "subseed_strength", "eta", "s_min_uncond", "s_churn", "s_tmax"), Kind.FLOAT
-    ),
-    **dict.fromkeys(("s_tmin", "s_noise", "refiner_switch_at", "image_cfg_scale"), Kind.FLOAT),
-    **dict.fromkeys(("restore_faces", "tiling", "send_images", "save_images", "inpaint_full_res"), Kind.BOOL),
-    **dict.fromkeys(("include_init_images", "mask_round", "disable_extra_networks"), Kind.BOOL),
-    **dict.fromkeys(("mask", "hr_negative_prompt", "firstpass_image"), Kind.STR),
-    **dict.fromkeys(("styles", "script_args"), Kind.LIST),
-}
-"""Fields whose type the engine checks and whose value does not matter here."""
-
-
-def _check_types(reader: Reader) -> None:
-    for name, kind in _TYPES.items():
-        reader.check(name, kind)
 
 
 # --- the others
