@@ -76,6 +76,16 @@ GPUS = {
 OFFERS = [None, frozenset[str](), frozenset({"node:X"}), frozenset({"node:X", "node:Y"})]
 accounts = st.sampled_from(["ann", "bob", "cyd"])
 seeds = st.integers(0, 10**6)
+seldom = st.sampled_from([False, False, False, True])
+Wish = tuple[str, Service, str, Band, int, str]
+wishes = st.tuples(
+    accounts,
+    st.sampled_from([COMFY, A1111, A1111]),
+    st.sampled_from([NO_MODEL, "A", "B", "C"]),
+    st.sampled_from([Band.NORMAL, Band.NORMAL, Band.NORMAL, Band.INTERACTIVE, Band.BATCH]),
+    st.sampled_from([0, 0, 1]),
+    st.sampled_from(["", "", "", "", "needs X", "needs Y", "big", "pinned"]),
+)
 
 
 class Scheduling(RuleBasedStateMachine):
@@ -107,8 +117,11 @@ class Scheduling(RuleBasedStateMachine):
         found = [w for w in self.world.jobs.values() if wanted(w)]
         return found[seed % len(found)] if found else None
 
-    @initialize(ready=st.lists(st.booleans(), min_size=5, max_size=5))
-    def settings_and_probes(self, ready: list[bool]) -> None:
+    @initialize(
+        ready=st.lists(st.sampled_from([True, True, True, False]), min_size=5, max_size=5),
+        wishes=st.lists(wishes, max_size=12),
+    )
+    def settings_and_probes(self, ready: list[bool], wishes: list[Wish]) -> None:
         alive = iter(ready)
         for id_, (engines, labels, speed) in GPUS.items():
             urls = [Engine(url=EngineUrl(url), service=service) for url, service in engines.items()]
@@ -129,19 +142,18 @@ class Scheduling(RuleBasedStateMachine):
                     self.tell(EngineReady(engine=engine.url, offers=None))
                     known[engine.url].alive = True
 
+        for wish in wishes:
+            self.submit(wish)
+
     # -- users
 
-    @rule(
-        account=accounts,
-        service=st.sampled_from([COMFY, A1111, A1111]),
-        model=st.sampled_from([NO_MODEL, "A", "B", "C"]),
-        band=st.sampled_from([Band.NORMAL, Band.NORMAL, Band.INTERACTIVE, Band.BATCH]),
-        priority=st.sampled_from([0, 0, 1]),
-        extras=st.sampled_from(["", "", "", "needs X", "needs Y", "big", "pinned"]),
-    )
-    def submit(
-        self, account: str, service: Service, model: str, band: Band, priority: int, extras: str
-    ) -> None:
+    @rule(wishes=st.lists(wishes, min_size=1, max_size=5))
+    def several_submit(self, wishes: list[Wish]) -> None:
+        for wish in wishes:
+            self.submit(wish)
+
+    def submit(self, wish: Wish) -> None:
+        account, service, model, band, priority, extras = wish
         n = self.next_n()
         pinned = EngineUrl("http://c:1" if service is COMFY else "http://c:2")
         job = Job(
@@ -280,14 +292,14 @@ class Scheduling(RuleBasedStateMachine):
             tab = self.book.waiting.bands[entry.job.band].tabs[entry.job.account]
             self.world.provisional[gpu] = (*key_of(entry.job), tab.provisional[GpuId(gpu)])
 
-    @rule(seed=seeds)
-    def start(self, seed: int) -> None:
-        entry = self.pick(seed, lambda w: w.state == "claimed")
-        if entry is None:
-            return
-        entry.state, entry.attempts = "started", entry.attempts + 1
-        token = Token(entry.token or "")
-        self.tell(JobStarted(n=self.next_n(), job=entry.job.id, token=token, attempts=entry.attempts))
+    @rule()
+    def start_all(self) -> None:
+        for entry in self.world.jobs.values():
+            if entry.state == "claimed":
+                entry.state, entry.attempts = "started", entry.attempts + 1
+                token = Token(entry.token or "")
+                event = JobStarted(n=self.next_n(), job=entry.job.id, token=token, attempts=entry.attempts)
+                self.tell(event)
 
     @rule(seed=seeds)
     def release(self, seed: int) -> None:
@@ -345,10 +357,13 @@ class Scheduling(RuleBasedStateMachine):
         entry = self.pick(seed, lambda w: w.state == "started")
         if entry is None:
             return
-        n = self.next_n()
+        n, old = self.next_n(), Token(entry.token or "")
         entry.token = f"{n}.r"
         gpu = GpuId(entry.gpu or "")
         self.tell(AttemptResumed(n=n, job=entry.job.id, gpu=gpu, node=NODE, token=Token(entry.token)))
+        with pytest.raises(AssertionError, match="illegal"):
+            self.tell(JobStarted(n=self.n + 1, job=entry.job.id, token=old, attempts=9))
+        assert self.book.active[entry.job.id].token == entry.token
 
     def refund(self, entry: WorldJob) -> None:
         if entry.state != "waiting":
@@ -393,22 +408,23 @@ class Scheduling(RuleBasedStateMachine):
 
     @rule(seed=seeds, offers=st.sampled_from(OFFERS))
     def engine_ready(self, seed: int, offers: frozenset[str] | None) -> None:
-        _, engine = self.engine(seed)
-        engine.alive, engine.offers = True, offers
-        self.tell(EngineReady(engine=EngineUrl(engine.url), offers=offers))
+        gpu, _ = self.engine(seed)
+        for engine in gpu.engines.values():
+            engine.alive, engine.offers = True, offers
+            self.tell(EngineReady(engine=EngineUrl(engine.url), offers=offers))
 
-    @rule(gpu=st.sampled_from(sorted(GPUS)), occupied=st.booleans())
+    @rule(gpu=st.sampled_from(sorted(GPUS)), occupied=seldom)
     def stranger(self, gpu: str, occupied: bool) -> None:
         self.world.gpus[gpu].occupied = occupied
         id_ = GpuId(gpu)
         self.tell(GpuOccupied(gpu=id_, why="stranger") if occupied else GpuFreed(gpu=id_))
 
-    @rule(gpu=st.sampled_from(sorted(GPUS)), draining=st.booleans())
+    @rule(gpu=st.sampled_from(sorted(GPUS)), draining=seldom)
     def drain(self, gpu: str, draining: bool) -> None:
         self.world.gpus[gpu].draining = draining
         self.tell(GpuDrained(n=self.next_n(), gpu=GpuId(gpu), draining=draining))
 
-    @rule(paused=st.sampled_from([False, False, True]))
+    @rule(paused=seldom)
     def pause(self, paused: bool) -> None:
         self.world.paused = paused
         self.tell(QueuePaused(n=self.next_n(), paused=paused))
