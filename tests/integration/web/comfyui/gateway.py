@@ -23,7 +23,8 @@ import msgspec
 from aiohttp import web
 
 from gpulane.adapters.base import EngineRequest, decode_request, encode_request
-from gpulane.config import KeySettings, LimitSettings, Settings
+from gpulane.config import KeySettings, Settings
+from gpulane.config.settings import RoleName
 from gpulane.core.events import CancelWanted, StoreEvent
 from gpulane.core.model import (
     NO_MODEL,
@@ -68,8 +69,11 @@ from gpulane.wire import EngineClient
 
 NODE = NodeId("n1")
 PATIENCE_SECONDS = 15.0
-ANN, BOB, EVE = "key-of-ann", "key-of-bob", "key-of-eve"
-"""Ann and Bob are users; Eve is an operator, who may do more but sees nobody's jobs here either."""
+ANN, BOB, EVE, VIC = "key-of-ann", "key-of-bob", "key-of-eve", "key-of-vic"
+"""Ann and Bob are users; Eve is an operator, who may do more but sees nobody's jobs here either; Vic may only
+look.
+"""
+ROLES: dict[str, RoleName] = {ANN: "user", BOB: "user", EVE: "operator", VIC: "viewer"}
 
 Json = dict[str, object]
 
@@ -338,22 +342,24 @@ class Gateway:
             yield session
 
 
-def settings(**limits: float) -> Settings:
-    roles = {ANN: "user", BOB: "user", EVE: "operator"}
+def settings() -> Settings:
+    """The settings of a gateway with keys."""
     keys = tuple(
         KeySettings(
-            account=key.removeprefix("key-of-"),
-            sha256=hashlib.sha256(key.encode()).hexdigest(),
-            role="operator" if role == "operator" else "user",
+            account=key.removeprefix("key-of-"), sha256=hashlib.sha256(key.encode()).hexdigest(), role=role
         )
-        for key, role in roles.items()
+        for key, role in ROLES.items()
     )
-    return Settings(keys=keys, limits=LimitSettings(**limits))  # pyright: ignore[reportArgumentType]
+    return Settings(keys=keys)
 
 
 @contextlib.asynccontextmanager
 async def gateway(
-    folder: Path, *sims: SimComfyUI, engines: int = 1, jobs: GatewayJobs | None = None
+    folder: Path,
+    *sims: SimComfyUI,
+    engines: int = 1,
+    jobs: GatewayJobs | None = None,
+    has_keys: bool = True,
 ) -> AsyncIterator[Gateway]:
     """Serve the front door on a free port, over these engines (or some that nothing listens for)."""
     if jobs is None:
@@ -365,7 +371,7 @@ async def gateway(
         jobs = GatewayJobs(known)
         await jobs.open()
     context = WebContext(
-        settings=settings(),
+        settings=settings() if has_keys else Settings(),
         jobs=jobs,
         engines=jobs.engines,
         values=NoValues(),

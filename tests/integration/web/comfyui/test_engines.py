@@ -19,6 +19,7 @@ from tests.integration.web.comfyui.gateway import (
     ANN,
     BOB,
     EVE,
+    VIC,
     Gateway,
     ear,
     gateway,
@@ -308,3 +309,23 @@ def _mine() -> tuple[Account, Service, str]:
 
 def _every() -> JobQuery:
     return JobQuery()
+
+
+async def test_who_may_only_look_changes_nothing(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as door, door.person(VIC) as vic, ear(vic):
+        orders = (
+            "/prompt",
+            "/queue",
+            "/history",
+            "/interrupt",
+            "/free",
+            "/upload/image",
+            "/settings",
+            "/api/jobs/cancel",
+        )
+        for path in orders:
+            async with vic.post(path, json={"prompt": prompt()}) as answer:
+                assert answer.status == 403, path
+                assert "error" in await answer.json()
+        async with vic.get("/queue") as answer:
+            assert await answer.json() == {"queue_running": [], "queue_pending": []}

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
+import uuid
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
 
 from gpulane.core.model import Account, JobId, JobState, Service
 from gpulane.engine.progress import Progress
+from gpulane.store.base import NewJob, QueueLimits
 from tests.integration.web.comfyui.gateway import (
     ANN,
     BOB,
@@ -242,20 +246,20 @@ async def test_stalled_reader_delays_nobody_and_is_given_up(tmp_path: Path) -> N
             await healthy.until_kind("executing")
             loop = asyncio.get_running_loop()
             slowest = 0.0
-            for step in range(1, 41):
+            for step in range(1, 21):
                 began = loop.time()
                 door.jobs.show(job, b"\xff\xd8" + bytes(500_000))
-                for part in range(100):
+                for part in range(50):
                     door.jobs.say(job, "executed", node=str(part), output={"text": ["x" * 1000]})
-                door.jobs.say(job, "progress", value=step, max=40, node="1")
+                door.jobs.say(job, "progress", value=step, max=20, node="1")
                 await healthy.until_kind("progress", step)
                 slowest = max(slowest, loop.time() - began)
             assert slowest < 5.0
             # What must not be missed is more than its buffer now: it was cut off.
-            for round_of_many in range(1, 21):
+            for round_of_many in range(1, 13):
                 for part in range(1000):
                     door.jobs.say(job, "executed", node=str(part), output={"text": ["x" * 1000]})
-                await healthy.until_kind("executed", 4000 + 1000 * round_of_many)
+                await healthy.until_kind("executed", 1000 + 1000 * round_of_many)
             await asyncio.wait_for(_until_reset(stalled), 10.0)
         say_success(door, job)
         await door.jobs.finish(job, result=result_of(job))
@@ -334,3 +338,39 @@ async def _until_reset(stalled: socket.socket) -> None:
             pass
     except ConnectionError:
         pass
+
+
+async def test_clearing_a_long_queue_cuts_nobody_off(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as door, door.person(ANN) as ann, ear(ann) as heard:
+        running = JobId(await submit(ann, client_id="c1"))
+        await run(door, running)
+        for number in range(1200):
+            record = await door.jobs.record(running)
+            assert record is not None
+            job = dataclasses.replace(record.job, id=JobId(str(uuid.UUID(int=number, version=4))))
+            await door.jobs.store.enqueue(NewJob(job=job, meta=record.meta), QueueLimits())
+        async with ann.get("/queue") as answer:
+            assert len((await answer.json())["queue_pending"]) == 1200
+        async with ann.post("/queue", json={"clear": True}) as answer:
+            assert answer.status == 200
+        await heard.until(lambda e: _remaining(e) == 1)
+        await heard.until_kind("execution_interrupted", 1200)
+        assert not heard.is_closed
+        say_success(door, running)
+        await door.jobs.finish(running, result=result_of(running))
+        await heard.until_kind("execution_success")
+
+
+async def test_stopping_says_goodbye_and_does_not_wait_for_a_stalled_client(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as door, door.person(ANN) as ann, ear(ann) as heard:
+        with await _stalled(door):
+            job = JobId(await submit(ann, client_id="c1"))
+            await run(door, job, steps=0)
+            for step in range(30):
+                door.jobs.show(job, bytes(500_000))
+                door.jobs.say(job, "progress", value=step, max=30, node="1")
+                await heard.until_kind("progress", step + 1)
+            async with asyncio.timeout(8.0):
+                await door.front.close()
+        await heard.until(lambda e: e.is_closed)
+        assert heard.socket.close_code == aiohttp.WSCloseCode.GOING_AWAY
