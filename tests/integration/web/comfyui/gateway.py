@@ -14,6 +14,7 @@ import itertools
 import struct
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -449,6 +450,7 @@ class Ear:
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
         self.heard: list[Json | bytes] = []
+        self.counts: Counter[str] = Counter()
         self.is_closed = False
         self._news = asyncio.Event()
 
@@ -458,6 +460,7 @@ class Ear:
                 self.heard.append(msgspec.json.decode(message.data, type=dict[str, object]))
             elif message.type is aiohttp.WSMsgType.BINARY:
                 self.heard.append(bytes(message.data))
+            self.counts[label(self.heard[-1])] += 1
             self._news.set()
         self.is_closed = True
         self._news.set()
@@ -477,7 +480,7 @@ class Ear:
                 await self._news.wait()
 
     async def until_kind(self, kind: str, times: int = 1) -> None:
-        await self.until(lambda ear: ear.kinds.count(kind) >= times)
+        await self.until(lambda ear: ear.counts[kind] >= times)
 
 
 def label(message: Json | bytes) -> str:
