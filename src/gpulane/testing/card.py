@@ -160,8 +160,7 @@ class Card:
         fcntl.flock(self._state_fd, fcntl.LOCK_EX)
         try:
             size = os.fstat(self._state_fd).st_size
-            raw = os.pread(self._state_fd, size, 0)
-            state: Json = json.loads(raw) if raw else {"engines": {}}
+            state = _read_state(os.pread(self._state_fd, size, 0))
             _forget_dead_processes(state)
             yield state
             written = json.dumps(state).encode()
@@ -252,6 +251,14 @@ class CardEntry:
     @property
     def bytes_free(self) -> int:
         return self.bytes_total - self.used()
+
+
+def _read_state(raw: bytes) -> Json:
+    """The state as written; a process killed while it wrote may have left the tail of an older one."""
+    try:
+        return json.JSONDecoder().raw_decode(raw.decode())[0]
+    except ValueError:
+        return {"engines": {}}
 
 
 def _used(state: Json) -> int:

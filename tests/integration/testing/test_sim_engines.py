@@ -241,6 +241,29 @@ async def test_a_zombie_answers_and_runs_nothing() -> None:
         await until(session, lambda state: not state["runner_dead"] and state["lives"] == 2)
 
 
+async def test_an_a1111_job_may_be_lost_and_an_a1111_may_be_a_zombie() -> None:
+    async with started(a1111) as (engine, session):
+        await set_faults(session, lose_jobs=1)
+        with pytest.raises(aiohttp.ClientError):
+            await session.post("/sdapi/v1/txt2img", json=PICTURE)
+        await set_faults(session, zombie=True)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await session.post("/sdapi/v1/txt2img", json=PICTURE)
+        async with session.get("/sdapi/v1/progress") as answer:
+            assert answer.status == 200
+        assert engine.runs == 0
+
+
+async def test_an_unload_under_the_sampler_breaks_the_job() -> None:
+    async with started(a1111) as (_, session), asyncio.TaskGroup() as group:
+        await session.post("/sim/faults", json={})
+        running = group.create_task(session.post("/sdapi/v1/txt2img", json=PICTURE | {"steps": 100_000}))
+        await until(session, lambda state: state["running"] is not None)
+        await session.post("/sdapi/v1/unload-checkpoint")
+        assert (await running).status == 500
+
+
 async def test_a_hanging_job_holds_the_queue() -> None:
     async with started(comfyui) as (_, session):
         await set_faults(session, hang_jobs=1)

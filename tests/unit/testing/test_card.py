@@ -107,6 +107,16 @@ def test_the_memory_of_a_dead_process_comes_free(tmp_path: Path) -> None:
         assert card.bytes_used() == 0
 
 
+def test_a_torn_state_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    with Card(tmp_path / "gpu0", quick()) as card:
+        card.attach("a", "http")
+        state = tmp_path / "gpu0.state"
+        state.write_bytes(state.read_bytes() + b'"}}')
+        assert card.bytes_used() == 0
+        state.write_bytes(b'{"engi')
+        assert card.bytes_used() == 0
+
+
 async def test_speed_and_size_set_the_durations() -> None:
     slow, fast = Card(options=quick(speed=1)), Card(options=quick(speed=2))
     assert slow.step_seconds(1.0, 1) == 2 * fast.step_seconds(1.0, 1) == slow.options.seconds_per_step
