@@ -18,6 +18,7 @@ from gpulane.errors import EngineError, StoreError
 from gpulane.testing.card import Card, CardOptions
 from gpulane.testing.faults import Faults
 from gpulane.testing.http_engine import SimHttpEngine
+from gpulane.wire import ResponseTooLarge
 from tests.integration.engine.a1111_scene import WAIT_SECONDS, Sink, until
 from tests.integration.raw_engine import Peer, raw_engine
 
@@ -135,9 +136,10 @@ async def test_a_cancel_waits_for_the_servers_last_byte() -> None:
         assert (await client.run(work)).state is JobState.CANCELLED and engine.runs == 1
 
 
-async def test_an_answer_that_cannot_be_kept_is_read_to_its_end() -> None:
+@pytest.mark.parametrize("error", [StoreError("disk full"), ResponseTooLarge("over the limit")])
+async def test_an_answer_that_cannot_be_kept_is_read_to_its_end(error: Exception) -> None:
     async with served() as (engine, client):
-        outcome = await client.run(attempt(CHAT | {"stream": True}, Sink(refuse=StoreError("disk full"))))
+        outcome = await client.run(attempt(CHAT | {"stream": True}, Sink(refuse=error)))
         assert outcome.failure is not None and outcome.failure.code == "answer_not_kept"
         assert outcome.engine_idle and not engine.sim_state()["running"]
 

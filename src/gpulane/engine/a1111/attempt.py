@@ -61,8 +61,9 @@ class Attempt:
         self._on_proof = on_proof
         self._engine = engine
         self._meta = msgspec.json.decode(context.meta, type=Meta)
-        self._is_cold = loaded == NO_MODEL or loaded != context.job.model
-        self._beside = Beside(context, self._meta, looks=looks, pace=pace, clock=clock, is_cold=self._is_cold)
+        self._has_id = self._meta.endpoint in WITH_TASK
+        is_cold = context.job.model not in {NO_MODEL, loaded}
+        self._beside = Beside(context, self._meta, looks=looks, pace=pace, clock=clock, is_cold=is_cold)
         self._began_at = 0.0
 
     async def run(self) -> Outcome:
@@ -83,7 +84,12 @@ class Attempt:
         lost = _lost(
             "answer_lost", "the engine finished the job, but its answer went with the old connection"
         )
-        return await self._until_idle(lost)
+        async with asyncio.TaskGroup() as group:
+            beside = group.create_task(self._beside.run())
+            try:
+                return await self._until_idle(lost)
+            finally:
+                beside.cancel()
 
     async def _run_until_forgotten(self) -> Outcome:
         """The answer decides, unless the engine has forgotten the job or fell silent."""
@@ -134,16 +140,12 @@ class Attempt:
         intake = Intake(context.answer, response.status, response.headers, engine=self._engine)
         try:
             while chunk := await response.next_chunk():
-                intake.feed(chunk)
+                if (failure := _kept(intake.feed, chunk)) is not None:
+                    await response.close()
+                    return await self._until_idle(failure, must_report=True)
         except WireError as error:
             intake.fail(error)
             raise
-        except GpulaneError as error:
-            # Nowhere to put it: the rest is not wanted, and another gpu would not help.
-            intake.fail(error)
-            await response.close()
-            failure = Failure(kind=FailureKind.CLIENT, code="answer_not_kept", message=error.message)
-            return await self._until_idle(failure, must_report=True)
         info = intake.info()
         if ran_other_model(meta.checkpoint, info) and not context.cancel_wanted.is_set():
             failure = wrong_model(meta.checkpoint, info)
@@ -170,8 +172,7 @@ class Attempt:
             failure = Failure(kind=FailureKind.ENGINE, code="bad_answer", message=error.message)
             return self._outcome(JobState.FAILED, failure=failure, model=model)
         except GpulaneError as error:
-            failure = Failure(kind=FailureKind.CLIENT, code="answer_not_kept", message=error.message)
-            return self._outcome(JobState.FAILED, failure=failure, model=model)
+            return self._outcome(JobState.FAILED, failure=_not_kept(error), model=model)
         cancelled = self._context.cancel_wanted.is_set()
         state = JobState.CANCELLED if cancelled else JobState.SUCCEEDED
         return self._outcome(state, result=result, model=model)
@@ -195,7 +196,7 @@ class Attempt:
             return self._outcome(JobState.CANCELLED)
         if failure.kind is FailureKind.CLIENT and self._context.answer is not None:
             self._context.answer.begin(response.status, response.headers)
-            self._context.answer.write(body)
+            failure = _kept(self._context.answer.write, body) or failure
             self._context.answer.finish()
         return self._outcome(JobState.FAILED, failure=failure)
 
@@ -232,7 +233,7 @@ class Attempt:
                     return self._ended(lost, must_report=must_report, engine_idle=False)
             else:
                 heard_at = now
-                restarted = restarted or seen.task is Task.UNKNOWN
+                restarted = restarted or (seen.task is Task.UNKNOWN and self._has_id)
                 over_since = (over_since or now) if self._is_over(seen) else None
                 if over_since is not None and now - over_since >= self._pace.quiet_seconds:
                     # Ours is over; the engine is busy with a stranger's, and the watch waits for its end.
@@ -252,8 +253,7 @@ class Attempt:
 
     def _is_over(self, seen: Look) -> bool:
         """Tell whether the engine is busy, but not with our job."""
-        known = seen.task in {Task.COMPLETED, Task.UNKNOWN} and self._meta.endpoint in WITH_TASK
-        return known and not seen.is_idle
+        return self._has_id and not seen.is_idle and seen.task in {Task.COMPLETED, Task.UNKNOWN}
 
     async def _interrupt_if_wanted(self, seen: Look) -> None:
         if self._context.cancel_wanted.is_set():
@@ -284,6 +284,19 @@ class Attempt:
             load_seconds=load,
             engine_idle=engine_idle,
         )
+
+
+def _kept(write: Callable[[bytes], None], data: bytes) -> Failure | None:
+    """Write; no room for it is nobody's fault on the engine's side, and another gpu would not help."""
+    try:
+        write(data)
+    except GpulaneError as error:
+        return _not_kept(error)
+    return None
+
+
+def _not_kept(error: GpulaneError) -> Failure:
+    return Failure(kind=FailureKind.CLIENT, code="answer_not_kept", message=error.message)
 
 
 def _lost(code: str, message: str, *, killed_engine: bool = False) -> Failure:

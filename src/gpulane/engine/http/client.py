@@ -188,18 +188,22 @@ class HttpServiceClient:
             return await self._broken(error)
         async with response:
             try:
-                result = await self._pass_on(response, attempt.answer)
+                kept = await self._pass_on(response, attempt.answer)
             except WireError as error:
                 if attempt.answer is not None:
                     attempt.answer.fail(error)
                 return await self._broken(error)
-            except GpulaneError as error:
-                return _failed("answer_not_kept", error.message, kind=FailureKind.CLIENT)
-        seconds = self._clock() - began_at
-        return _outcome(attempt, response.status, result, seconds)
+        if isinstance(kept, GpulaneError):
+            return _failed("answer_not_kept", kept.message, kind=FailureKind.CLIENT)
+        return _outcome(attempt, response.status, kept, self._clock() - began_at)
 
-    async def _pass_on(self, response: EngineResponse, sink: AnswerSink | None) -> RecordedResult | None:
-        """Take every byte, whatever becomes of it: the server is free at the last one."""
+    async def _pass_on(
+        self, response: EngineResponse, sink: AnswerSink | None
+    ) -> RecordedResult | GpulaneError | None:
+        """Take every byte, whatever becomes of it: the server is free at the last one.
+
+        Returns the record of a stored job, or why an answer could not be kept.
+        """
         kept: list[bytes] = []
         size = 0
         lost: GpulaneError | None = None
@@ -219,7 +223,7 @@ class HttpServiceClient:
                 except GpulaneError as error:
                     lost = error
         if lost is not None:
-            raise lost
+            return lost
         if sink is not None:
             sink.finish()
             return None
