@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 import msgspec
+import structlog
 
 from gpulane.adapters.comfyui.messages import read_message
 from gpulane.adapters.comfyui.result import VERDICTS
@@ -37,6 +38,7 @@ STATUS_SECONDS: Final = 0.2
 SOCKETS_MAX: Final = 4_096
 SOCKETS_PER_ACCOUNT_MAX: Final = 512
 
+_log = structlog.stdlib.get_logger(__name__)
 _WORTH: Final = {"progress": Worth.PROGRESS, "progress_state": Worth.PROGRESS}
 
 Spawn = Callable[[Coroutine[Any, Any, None]], None]
@@ -113,21 +115,28 @@ class Events:
 
     def _hear(self, events: tuple[StoreEvent, ...]) -> None:
         for event in events:
-            match event:
-                case JobSubmitted() if event.job.service is Service.COMFYUI:
-                    if not self._live.stored(event.job):
-                        self._spawn(self._look_up(event.job.id))
-                    self._status(event.job.account)
-                case JobStarted():
-                    if (live := self._live.get(event.job)) is not None:
-                        live.has_run = True
-                case AttemptFailed():
-                    self._live.fell_back(event.job)
-                case JobEnded():
-                    if (live := self._live.ended(event.job)) is not None:
-                        self._end(live, event)
-                case _:
-                    pass
+            try:
+                self._take(event)
+            except Exception:
+                # Whoever tells us is in the middle of deciding: a fault here costs messages, never the queue.
+                _log.exception("event_not_told")
+
+    def _take(self, event: StoreEvent) -> None:
+        match event:
+            case JobSubmitted() if event.job.service is Service.COMFYUI:
+                if not self._live.stored(event.job):
+                    self._spawn(self._look_up(event.job.id))
+                self._status(event.job.account)
+            case JobStarted():
+                if (live := self._live.get(event.job)) is not None:
+                    live.has_run = True
+            case AttemptFailed():
+                self._live.fell_back(event.job)
+            case JobEnded():
+                if (live := self._live.ended(event.job)) is not None:
+                    self._end(live, event)
+            case _:
+                pass
 
     async def _look_up(self, job: JobId) -> None:
         """A job that came through another door, or another node's: its client may be here all the same."""
@@ -166,6 +175,12 @@ class Events:
     # --- what engines say
 
     def _hear_progress(self, progress: Progress) -> None:
+        try:
+            self._pass_on(progress)
+        except Exception:
+            _log.exception("progress_not_told", job=progress.job)
+
+    def _pass_on(self, progress: Progress) -> None:
         if progress.message is not None:
             self._hear_message(progress.job, progress.message)
         if progress.binary is not None and (live := self._live.get(progress.job)) is not None:
