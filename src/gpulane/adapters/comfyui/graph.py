@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -41,8 +41,8 @@ GGUF and Nunchaku loaders, efficiency nodes. Loras, VAEs and text encoders come 
 PICTURE_INPUTS = ("latent", "samples", "image", "pixels")
 """Starts of the names of inputs that lead to the picture being made, not to what conditions it."""
 
-WALK_NODES_MAX = 500
-PASSES_MAX = 64
+WALK_NODES_MAX = 200
+PASSES_MAX = 32
 SIDE_MAX = 65_536
 STEPS_MAX = 100_000
 IMAGES_MAX = 65_536
@@ -123,12 +123,12 @@ def _readers(graph: Graph) -> dict[str, list[str]]:
     return readers
 
 
-def _nearest_size(graph: Graph, starts: Iterable[str], inputs: tuple[str, ...]) -> tuple[int, int] | None:
+def _nearest_size(graph: Graph, starts: Sequence[str], inputs: tuple[str, ...]) -> tuple[int, int] | None:
     """Walk upwards from a sampler to the first node that has a width and a height; scale by what lies
     between.
     """
     seen = set(starts)
-    queue = deque((name, 1.0) for name in seen)
+    queue = deque((name, 1.0) for name in starts)
     while queue and len(seen) < WALK_NODES_MAX:
         name, scale = queue.popleft()
         node = graph.get(name)

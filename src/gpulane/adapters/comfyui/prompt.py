@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate
 
 import msgspec
 
@@ -49,8 +50,12 @@ class PromptLimits:
 
     body_bytes_max: int = 16 * 1024 * 1024
     nodes_max: int = 10_000
+    inputs_max: int = 50_000
+    """Of all nodes together: each is looked at."""
     depth_max: int = 64
     """Nesting of the JSON. Deeper ones break recursive code in the engine, some of it outside of any try."""
+    brackets_max: int = 2_000_000
+    """Of the whole body, the page's workflow included."""
     id_chars_max: int = 200
 
 
@@ -148,8 +153,9 @@ class _Rebuilt(msgspec.Struct, omit_defaults=True):
     partial_execution_targets: list[str] | None = None
 
 
-_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+"""Brackets as +1 and -1 of a signed byte."""
 _HUGE = re.compile(rb"[eE]\+?\d{3}|\d{300}")
 """Numbers that may read as infinity (JSON has no word for it, Python's writer has)."""
 
@@ -166,11 +172,12 @@ def _read(body: bytes, limits: PromptLimits) -> _Wire:
         raise PromptRefused("invalid_prompt", "The body is not valid JSON", details=str(error)) from None
     except RecursionError:
         raise _too_deep(limits) from None
-    bare = _STRINGS.sub(b"", body)
-    brackets = bare.translate(None, _NO_BRACKETS)
-    for _ in range(limits.depth_max):
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    if brackets:
+    # What is outside of strings: the body is sound JSON, so every second part between quotes.
+    bare = b"".join(body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+    brackets = bare.translate(_STEPS, _NO_BRACKETS)
+    if len(brackets) > limits.brackets_max:
+        raise TooLarge(f"The prompt has {len(brackets)} brackets; the limit is {limits.brackets_max}.")
+    if max(accumulate(memoryview(brackets).cast("b")), default=0) > limits.depth_max:
         raise _too_deep(limits)
     if _HUGE.search(bare):
         raise PromptRefused("invalid_prompt", "The body has a number that is out of range")
@@ -195,7 +202,11 @@ def _nodes(prompt: msgspec.Raw | msgspec.UnsetType, limits: PromptLimits) -> dic
         raise PromptRefused("prompt_no_outputs", "Prompt has no outputs")
     if len(raw) > limits.nodes_max:
         raise TooLarge(f"The prompt has {len(raw)} nodes; the limit is {limits.nodes_max}.")
-    return {name: _wire_node(name, node) for name, node in raw.items()}
+    nodes = {name: _wire_node(name, node) for name, node in raw.items()}
+    inputs = sum(len(node.inputs) for node in nodes.values())
+    if inputs > limits.inputs_max:
+        raise TooLarge(f"The prompt's nodes have {inputs} inputs; the limit is {limits.inputs_max}.")
+    return nodes
 
 
 def _wire_node(name: str, raw: msgspec.Raw) -> _WireNode:

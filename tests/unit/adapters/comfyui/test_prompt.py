@@ -243,6 +243,8 @@ def test_limits_are_413_and_a_full_queue_429() -> None:
         parse({"prompt": TEXT_TO_IMAGE}, limits=PromptLimits(body_bytes_max=100))
     with pytest.raises(TooLarge):
         parse({"prompt": TEXT_TO_IMAGE}, limits=PromptLimits(nodes_max=3))
+    with pytest.raises(TooLarge):
+        parse({"prompt": TEXT_TO_IMAGE}, limits=PromptLimits(inputs_max=9))
     answer = error_answer(Throttled("The queue is full.", hint="Wait."))
     assert answer.status == 429
     assert json.loads(answer.body)["error"]["type"] == "queue_full"
