@@ -117,7 +117,7 @@ class Events:
         for event in events:
             try:
                 self._take(event)
-            except Exception:
+            except Exception:  # noqa: BLE001 - logged
                 # Whoever tells us is in the middle of deciding: a fault here costs messages, never the queue.
                 _log.exception("event_not_told")
 
@@ -177,7 +177,7 @@ class Events:
     def _hear_progress(self, progress: Progress) -> None:
         try:
             self._pass_on(progress)
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged
             _log.exception("progress_not_told", job=progress.job)
 
     def _pass_on(self, progress: Progress) -> None:
