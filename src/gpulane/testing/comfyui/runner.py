@@ -4,6 +4,7 @@ The order of messages is the recorded one; `../shared/recordings` and the contra
 """
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
@@ -48,6 +49,27 @@ class NodeState:
     value: float = 0.0
     max: float = 1.0
     state: str = "running"
+    _text: str | None = None
+
+    def as_text(self, node_id: str, run: "Run") -> str:
+        """Its JSON, kept once the node is finished."""
+        if self._text is not None:
+            return self._text
+        text = json.dumps(
+            {
+                "value": self.value,
+                "max": self.max,
+                "state": self.state,
+                "node_id": node_id,
+                "prompt_id": run.prompt_id,
+                "display_node_id": node_id,
+                "parent_node_id": None,
+                "real_node_id": node_id,
+            }
+        )
+        if self.state == "finished":
+            self._text = text
+        return text
 
 
 @dataclass(slots=True, kw_only=True)
@@ -371,7 +393,7 @@ class PromptRunner:
             if self.is_interrupted:
                 raise Interrupted
             run.progress[node_id].value, run.progress[node_id].max = step, steps
-            if not len(self._hub):
+            if not self._hub.hears(run.client_id):
                 continue
             self._send_progress_state(run)
             negotiated = self._hub.takes_metadata(run.client_id)
@@ -429,22 +451,14 @@ class PromptRunner:
         self._hub.send_bytes((3).to_bytes(4) + len(node).to_bytes(4) + node + text.encode(), None)
 
     def _send_progress_state(self, run: Run) -> None:
-        if not len(self._hub):
+        """All nodes that are not pending, at every step, as in the original: put together from kept texts."""
+        if not self._hub.hears(run.client_id):
             return
-        nodes = {
-            node_id: {
-                "value": state.value,
-                "max": state.max,
-                "state": state.state,
-                "node_id": node_id,
-                "prompt_id": run.prompt_id,
-                "display_node_id": node_id,
-                "parent_node_id": None,
-                "real_node_id": node_id,
-            }
-            for node_id, state in run.progress.items()
-        }
-        self._hub.send("progress_state", {"prompt_id": run.prompt_id, "nodes": nodes}, run.client_id)
+        nodes = ", ".join(
+            f"{json.dumps(node)}: {state.as_text(node, run)}" for node, state in run.progress.items()
+        )
+        data = f'{{"prompt_id": {json.dumps(run.prompt_id)}, "nodes": {{{nodes}}}}}'
+        self._hub.send_text(f'{{"type": "progress_state", "data": {data}}}', run.client_id)
 
     # -- /free
 

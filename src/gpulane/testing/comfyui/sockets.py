@@ -58,6 +58,15 @@ class SocketHub:
         if self._sockets:
             self._post(json.dumps({"type": event, "data": data}), client_id)
 
+    def hears(self, client_id: str | None) -> bool:
+        """Whether there is a socket for this client; for None, whether there is any."""
+        return bool(self._sockets) if client_id is None else client_id in self._sockets
+
+    def send_text(self, text: str, client_id: str | None) -> None:
+        """Queue an event that is JSON already."""
+        if self._sockets:
+            self._post(text, client_id)
+
     def send_bytes(self, payload: bytes, client_id: str | None) -> None:
         if self._sockets:
             self._post(payload, client_id)
