@@ -7,15 +7,17 @@ refused; afterwards it may be used again, as in A1111.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 from typing import Final
+from weakref import WeakValueDictionary
 
 from aiohttp import web
 
 from gpulane.adapters.a1111.requests import RequestContext, recognize
 from gpulane.adapters.base import Recognized
-from gpulane.core.model import ENDED, JobId, Service
+from gpulane.core.model import ENDED, Account, JobId, Service
 from gpulane.errors import BadRequest, GpulaneError
 from gpulane.store.base import JobRecord, NewJob
 from gpulane.web.a1111.answers import call_failed
@@ -41,6 +43,7 @@ class Calls:
         self._own = own
         self._readers: Counter[JobId] = Counter()
         self._digests: dict[JobId, str] = {}
+        self._naming: WeakValueDictionary[tuple[Account, str], asyncio.Lock] = WeakValueDictionary()
 
     async def answer(self, request: web.Request, path: str, identity: Identity) -> web.StreamResponse:
         """Make a job of the request, wait for it and pass its answer on."""
@@ -65,18 +68,26 @@ class Calls:
     async def _admitted(self, job_id: JobId, recognized: Recognized, identity: Identity) -> HeldCall:
         """Find or make the job; its client counts as waiting from here on."""
         task = recognized.client_job_id
-        known = await self._own.find(identity.account, task) if task else None
-        if known is not None:
-            same = self._open_call(known, recognized)
-            if same is not None:
-                return same
-            # The store keeps a client's id for good; the newest call of that name is remembered here.
-            recognized = replace(recognized, client_job_id=None)
-        call = await hold(self._context.jobs, self._new_job(job_id, recognized, identity), recognized.request)
-        if task:
+        if not task:
+            return await self._held(job_id, recognized, identity)
+        key = (identity.account, task)
+        # Two calls of one new name that come together: the second must find the first.
+        lock = self._naming.setdefault(key, asyncio.Lock())
+        async with lock:
+            known = await self._own.find(identity.account, task)
+            if known is not None:
+                same = self._open_call(known, recognized)
+                if same is not None:
+                    return same
+                # The store keeps a client's id for good; the newest call of that name is remembered here.
+                recognized = replace(recognized, client_job_id=None)
+            call = await self._held(job_id, recognized, identity)
             self._own.name(identity.account, task, call.job)
             self._note_digest(call.job, recognized.digest)
-        return call
+            return call
+
+    async def _held(self, job_id: JobId, recognized: Recognized, identity: Identity) -> HeldCall:
+        return await hold(self._context.jobs, self._new_job(job_id, recognized, identity), recognized.request)
 
     def _open_call(self, known: JobRecord, recognized: Recognized) -> HeldCall | None:
         """Return the call of that id which another connection waits for. Raises BadRequest."""

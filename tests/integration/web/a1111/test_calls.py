@@ -106,6 +106,15 @@ async def test_same_task_id_is_the_same_call(tmp_path: Path) -> None:
         assert here.sims[0].runs == 3
 
 
+async def test_same_task_id_at_the_same_time(tmp_path: Path) -> None:
+    async with ground(tmp_path) as here:
+        named = SMALL | {"force_task_id": "task(twice)"}
+        async with asyncio.TaskGroup() as tasks:
+            calls = [tasks.create_task(here.ask("POST", TXT2IMG, body=named)) for _ in range(4)]
+        assert all(call.result() == calls[0].result() for call in calls)
+        assert here.sims[0].runs == 1
+
+
 async def test_a_client_that_leaves_is_told_to_the_gateway(tmp_path: Path) -> None:
     async with ground(tmp_path) as here:
         here.gateway.gate.clear()
