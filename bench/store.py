@@ -32,7 +32,7 @@ BODY = os.urandom(4096)
 ROUNDS = 3
 
 
-def new(number: int) -> NewJob:
+def new(number: int, body: bytes = BODY) -> NewJob:
     job = Job(
         id=JobId(f"{number * 2654435761 % 2**32:08x}-0000-4000-8000-{number:012d}"),
         account=Account(f"account-{number % 40}"),
@@ -43,7 +43,7 @@ def new(number: int) -> NewJob:
             {"node:KSampler", f"CheckpointLoaderSimple.ckpt_name=model-{number % 30}.safetensors"}
         ),
     )
-    return NewJob(job=job, meta=META, body=BODY, digest=f"{number:064x}")
+    return NewJob(job=job, meta=META, body=body, digest=f"{number:064x}")
 
 
 def claim(gpu: GpuId, number: int, job: JobId) -> ClaimRequest:
@@ -104,10 +104,11 @@ async def cycles(folder: Path, jobs: int, callers: int) -> float:
     return each * callers / took
 
 
-async def fill(store: SqliteStore, jobs: int, first: int = 0) -> None:
-    for start in range(first, jobs, 256):
+async def fill(store: SqliteStore, jobs: int) -> None:
+    body = BODY if jobs <= 100_000 else b"{}"  # a claim does not look at it
+    for start in range(0, jobs, 256):
         numbers = range(start, min(start + 256, jobs))
-        await asyncio.gather(*(store.enqueue(new(number), LIMITS) for number in numbers))
+        await asyncio.gather(*(store.enqueue(new(number, body), LIMITS) for number in numbers))
 
 
 async def claim_cost(folder: Path, depth: int, claims: int = 64) -> tuple[float, float]:
