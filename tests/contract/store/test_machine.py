@@ -32,6 +32,8 @@ from tests.contract.store.ground import (
 from tests.contract.store.oracle import Oracle
 from tests.contract.store.toy import ToyBook
 
+pytestmark = pytest.mark.timeout(360)  # a failure is made small first, which takes its time
+
 JOBS = 2
 """Places; once the job of a place has ended, another takes it."""
 MOST = QueueLimits(queued_max=2)
