@@ -249,6 +249,18 @@ async def test_dropped_socket_in_the_middle(here: Scene) -> None:
     assert here.runs == 1
 
 
+async def test_listener_that_fails_does_not_leave_the_engine_unheard(here: Scene) -> None:
+    def fail(_progress: object) -> None:
+        stop()
+        raise RuntimeError("a listener's own fault")
+
+    stop = here.hub.listen(fail)
+    ended(await here.run(slow(steps=20)), JobState.SUCCEEDED)
+    attempt = here.attempt(slow(seed=2))
+    ended(await here.client.run(attempt), JobState.SUCCEEDED)
+    assert here.values(attempt.job.id) == [1, 2, 3, 4, 5]
+
+
 async def test_socket_that_opens_only_after_the_job_has_begun(here: Scene) -> None:
     late = ComfyUIClient(EngineUrl(here.sim.url), timings=QUICK)
     async with asyncio.timeout(10):
@@ -477,6 +489,15 @@ async def test_probe_sees_what_went_past_the_gateway(here: Scene) -> None:
         await here.client.interrupt(JobId(stranger))
         ended(await task, JobState.SUCCEEDED)
     assert here.client.known_idle() is True
+
+
+async def test_password_in_the_url_is_not_shown(here: Scene) -> None:
+    await here.sim.server.crash()
+    client = ComfyUIClient(EngineUrl(here.sim.url.replace("://", "://ann:hush@")), timings=QUICK)
+    with pytest.raises(EngineError) as caught:
+        await client.probe(frozenset())
+    assert "hush" not in str(caught.value)
+    await client.close()
 
 
 async def test_probe_of_a_dead_engine_raises(here: Scene) -> None:

@@ -40,6 +40,8 @@ class EngineApi:
 
     def __init__(self, url: EngineUrl, timings: Timings) -> None:
         self.url = url
+        self.name = _without_password(url)
+        """The URL as it may be shown."""
         self._timings = timings
         self._session: aiohttp.ClientSession | None = None
 
@@ -70,7 +72,7 @@ class EngineApi:
         """Return a document. Anything but 200 is an error."""
         answer = await self.ask("GET", target, fresh=fresh)
         if answer.status != 200:
-            raise EngineError(f"{self.url} answered {answer.status} to GET {_path(target)}")
+            raise EngineError(f"{self.name} answered {answer.status} to GET {_path(target)}")
         return answer.body
 
     async def order(self, target: str, value: object) -> Answer:
@@ -122,11 +124,11 @@ class EngineApi:
             ):
                 return Answer(status=response.status, body=await _whole(response))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise EngineError(f"{self.url} refuses connections", sent=False) from error
+            raise _unconnected(self.name, error) from error
         except TimeoutError as error:
-            raise EngineError(f"{self.url} did not answer {where} within {limit:g} s") from error
+            raise EngineError(f"{self.name} did not answer {where} within {limit:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise EngineError(f"{self.url} broke off {where}: {type(error).__name__}") from error
+            raise EngineError(f"{self.name} broke off {where}: {type(error).__name__}") from error
 
 
 def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
@@ -147,6 +149,20 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
             raise aiohttp.ClientPayloadError("the answer is too large")
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _unconnected(name: str, error: aiohttp.ClientError | OSError) -> EngineError:
+    """No byte was sent. Only a refusal proves that nobody listens; an unreachable host may be at work."""
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ConnectionRefusedError):
+        return EngineError(f"{name} refuses connections", sent=False)
+    unreachable = EngineError(f"{name} cannot be reached: {type(error).__name__}", sent=False)
+    unreachable.code = "connect_timeout"
+    return unreachable
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return scheme + separator + rest.rpartition("@")[2]
 
 
 def _path(target: str) -> str:

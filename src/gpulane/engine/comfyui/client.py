@@ -65,7 +65,7 @@ class ComfyUIClient:
     async def open(self) -> None:
         if self._reader is None:
             # Lives as long as the client: `close` ends it and waits for its end.
-            self._reader = asyncio.create_task(self._events.run(), name=f"events of {self._url}")
+            self._reader = asyncio.create_task(self._events.run(), name=f"events of {self._api.name}")
 
     async def close(self) -> None:
         if self._reader is not None:
@@ -143,7 +143,7 @@ class ComfyUIClient:
         try:
             return read_entry(entry).verdict
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise EngineError(f"the history of {self._url} cannot be read: {error}") from error
+            raise EngineError(f"the history of {self._api.name} cannot be read: {error}") from error
 
     # --- ordering
 

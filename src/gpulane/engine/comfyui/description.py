@@ -35,7 +35,7 @@ async def describe(api: EngineApi) -> Description:
         catalog = await asyncio.to_thread(read_catalog, documents["object_info"])
         system = as_dict(as_dict(msgspec.json.decode(documents["system_stats"])).get("system"))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise EngineError(f"{api.url} is no ComfyUI: {error}") from error
+        raise EngineError(f"{api.name} is no ComfyUI: {error}") from error
     for name in ("features", "embeddings", "models"):
         documents |= await _optional(api, name)
     documents |= await _model_lists(api, documents.get("models", b"[]"))

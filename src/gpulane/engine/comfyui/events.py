@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import aiohttp
+import structlog
 
 from gpulane.adapters.comfyui.messages import Message, read_message
 from gpulane.engine.comfyui.api import EngineApi
@@ -22,6 +23,8 @@ from gpulane.engine.comfyui.timings import Timings
 
 FRAME_BYTES_MAX = 64 * 1024 * 1024
 """Previews and `executed` messages of nodes that put pictures into them."""
+
+_log = structlog.stdlib.get_logger(__name__)
 
 HELLO = '{"type":"feature_flags","data":{"supports_preview_metadata":true}}'
 """Must be the first text frame. Previews then name their job and node."""
@@ -102,6 +105,9 @@ class EventSocket:
                 rest = self._timings.reconnect_seconds_min
             except (aiohttp.ClientError, OSError, TimeoutError):
                 rest = min(rest * 2, self._timings.reconnect_seconds_max)
+            except Exception:  # noqa: BLE001 - a fault of a listener must not leave the engine unheard
+                _log.exception("events_failed", engine=self._api.name)
+                rest = self._timings.reconnect_seconds_max
             if self._is_renewing:
                 self._is_renewing = False
                 continue

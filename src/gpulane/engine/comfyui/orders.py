@@ -27,7 +27,7 @@ async def interrupt(api: EngineApi, job: JobId) -> None:
     for target, value in (("/queue", {"delete": [job]}), ("/interrupt", {"prompt_id": job})):
         answer = await api.order(target, value)
         if answer.status != 200:
-            raise EngineError(f"{api.url} answered {answer.status} to POST {target}")
+            raise EngineError(f"{api.name} answered {answer.status} to POST {target}")
 
 
 async def erase(api: EngineApi, job: str) -> None:
@@ -39,7 +39,7 @@ async def erase(api: EngineApi, job: str) -> None:
             await asyncio.sleep(ERASE_REST_SECONDS * attempt)
         await api.order("/history", {"delete": [job]})
     if await api.entry(job) is not None:
-        raise EngineError(f"{api.url} does not forget {job}")
+        raise EngineError(f"{api.name} does not forget {job}")
 
 
 class Canary:

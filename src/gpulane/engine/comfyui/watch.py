@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from gpulane.adapters.comfyui.messages import Evidence, Look, Message, Place, QueueView
 from gpulane.adapters.comfyui.rewrite import preview_of, text_of
-from gpulane.engine.base import AttemptContext
+from gpulane.engine.base import AttemptContext, is_refused
 from gpulane.engine.comfyui.api import EngineApi
 from gpulane.engine.comfyui.events import EventSocket
 from gpulane.engine.comfyui.orders import interrupt
@@ -220,7 +220,7 @@ class Watch:
         if not self._misses:
             self._missing_since = began
         self._misses += 1
-        self._all_refused = self._all_refused and not error.sent
+        self._all_refused = self._all_refused and is_refused(error)
         missing = time.monotonic() - self._missing_since
         if self._misses < MISSES_MIN:
             return
