@@ -27,7 +27,8 @@ from gpulane.web.ports import EngineView, Identity, WebContext
 from gpulane.web.relay_to import RelayTo
 
 REFUSAL: Final = (
-    "Generating from this page comes with a later version; use the API (/sdapi/v1/...) or ComfyUI meanwhile."
+    "Generating, and changing models or settings, from this page comes with a later version; "
+    "use the API (/sdapi/v1/...) or ComfyUI meanwhile."
 )
 JOIN: Final = "/queue/join"
 REFUSED_MAX: Final = 1_000

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
 from gpulane.adapters.a1111.catalogue import DOCUMENTS, Catalogue, merged, merged_document, read_catalogue
 from gpulane.core.model import EngineState, EngineUrl, Service
+from gpulane.engine.base import Description
 from gpulane.web.ports import EnginesPort, EngineView
 from gpulane.wire import Timeouts
 
@@ -29,6 +31,14 @@ LISTS: Final[Mapping[str, str]] = {
 """Path to the name under which `describe` keeps its document."""
 
 
+@dataclass(slots=True, kw_only=True)
+class _SeenOptions:
+    description: Description
+    kept: bytes
+    told: bytes
+    """What the newest description says."""
+
+
 class Lists:
     """Reads the engines' descriptions; merges again only when one of them has changed."""
 
@@ -37,7 +47,7 @@ class Lists:
         self._digests: tuple[str, ...] = ()
         self._catalogue = Catalogue()
         self._documents: dict[str, bytes] = {}
-        self._options: dict[EngineUrl, bytes] = {}
+        self._options: dict[EngineUrl, _SeenOptions] = {}
 
     def catalogue(self) -> Catalogue:
         """Return everything that any engine offers."""
@@ -59,13 +69,20 @@ class Lists:
         return self._documents[name]
 
     def options_of(self, view: EngineView) -> bytes | None:
-        """Return an engine's options as first seen: later they may show the overrides of a running job."""
+        """Return an engine's own options, without the overrides that show in them while a job runs."""
         if view.state in {EngineState.LOST, EngineState.STOPPED}:
             self._options.pop(view.url, None)
-        told = view.description.documents.get("options") if view.description is not None else None
-        if told is not None and view.url not in self._options:
-            self._options[view.url] = told
-        return self._options.get(view.url, told)
+        about = view.description
+        told = about.documents.get("options") if about is not None else None
+        if about is None or told is None:
+            return None
+        seen = self._options.setdefault(view.url, _SeenOptions(description=about, kept=told, told=told))
+        if about is not seen.description:
+            # Changed at the engine itself: believed when two descriptions in a row, minutes apart, say so.
+            if told == seen.told:
+                seen.kept = told
+            seen.description, seen.told = about, told
+        return seen.kept
 
     def _described(self) -> list[EngineView]:
         every = self._engines.engines(Service.A1111)
