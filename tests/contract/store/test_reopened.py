@@ -1,4 +1,4 @@
-"""A verb whose reply was lost with the process is sent again to the next: the same answer, nothing changes."""
+"""A verb whose reply was lost with the process is sent again to the next: same answer, nothing changes."""
 
 from __future__ import annotations
 
