@@ -20,7 +20,7 @@ TXT2IMG = "/sdapi/v1/txt2img"
 OPTIONS = "/sdapi/v1/options"
 PROGRESS = "/sdapi/v1/progress"
 SMALL = {"prompt": "a cat", "steps": 4, "width": 64, "height": 64, "seed": 1}
-LONG = SMALL | {"steps": 400}
+LONG = SMALL | {"steps": 400, "width": 512, "height": 512}
 TWO = Wanted(
     checkpoints=(("alpha.safetensors", "beta.safetensors"), ("beta.safetensors", "gamma.safetensors"))
 )

@@ -60,7 +60,7 @@ async def test_ready_while_others_work(tmp_path: Path) -> None:
         )
         async with asyncio.TaskGroup() as tasks:
             call = tasks.create_task(
-                asyncio.to_thread(api.txt2img, prompt="long", steps=500, width=64, height=64)
+                asyncio.to_thread(api.txt2img, prompt="long", steps=500, width=512, height=512)
             )
             await until(here.has_steps)
             await asyncio.to_thread(other.util_wait_for_ready, 0.01)
