@@ -14,6 +14,7 @@ import hashlib
 import secrets
 import signal
 import socket
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -50,6 +51,9 @@ from gpulane.web.ports import Front, WebContext
 from gpulane.wire.client import EngineClient
 
 GIB: Final = 1024**3
+SWITCH_SECONDS: Final = 0.001
+"""How long one thread may keep the interpreter while another waits: the store's thread is on every job's way, and
+Python's 5 ms would be the largest part of the gap between two jobs."""
 ENGINE_CONNECTIONS_MAX: Final = 512
 """A slow download holds a connection while it streams; slow readers must not keep others from the engine."""
 SHUTDOWN_SECONDS: Final = 5.0
@@ -69,6 +73,7 @@ class Running:
 
 async def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
     """Run until SIGINT or SIGTERM; the first drains, the second ends at once. Raises ConfigError."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     stop, stop_now = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -513,6 +513,11 @@ class Gateway:
         hint = "; ".join(each.text for each in answer.per_gpu) or None
         if reason.code in {"queue_full", "account_full"}:
             raise Throttled(reason.text, hint=hint, code=reason.code, retry_after_seconds=5)
+        for owner in self._owners.values():
+            for watch in owner.watches.values():
+                # What is refused now may have been put on the engine's disk a moment ago.
+                if watch.client.service is new.job.service:
+                    watch.describe_soon()
         raise Impossible(reason.text, hint=hint, code=reason.code)
 
     def _judged(self, reply: Reply) -> Reply:

@@ -62,6 +62,8 @@ REST_AFTER_REFUSAL_SECONDS: Final = 1.0
 STORE_RETRY_SECONDS_MAX: Final = 5.0
 """The slowest that an end is offered to a store that does not take it."""
 REST_BEFORE_RELEASED_SECONDS: Final = 0.5
+RECORD_KEPT_SECONDS: Final = 0.25
+"""How long an idle gpu's record may outlive its attempt; a restart in between only looks at the engine in vain."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -312,6 +314,8 @@ class GpuOwner:
             service_seconds=round(outcome.service_seconds, 3),
         )
         if outcome.engine_idle:
+            # The next attempt's record takes this one's place: a write less while an engine waits.
+            await asyncio.sleep(RECORD_KEPT_SECONDS)
             await self._drop_record(running.token)
         else:
             self._spawn(self._free_when_idle(running))

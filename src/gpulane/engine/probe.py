@@ -24,6 +24,8 @@ STARTING_INTERVAL_SECONDS: Final = 0.5
 """How often an engine that is not ready is asked at first."""
 LOST_INTERVAL_SECONDS_MAX: Final = 5.0
 """The slowest an engine that does not answer is asked."""
+DESCRIBE_SECONDS_MIN: Final = 5.0
+"""A description younger than this is not fetched again, however often somebody asks for what it lacks."""
 STRANGER_INTERVAL_SECONDS: Final = 1.0
 """How often an engine with a stranger's work is asked whether it is over."""
 REFUSALS_FOR_DEAD: Final = 3
@@ -85,6 +87,12 @@ class EngineWatch:
             except TimeoutError:
                 pass
             self._soon.clear()
+
+    def describe_soon(self) -> None:
+        """Fetch anew what the engine offers, if that is older than a few seconds: a file may have been added."""
+        if self._clock() - self._described_at >= DESCRIBE_SECONDS_MIN:
+            self._described_at = float("-inf")
+            self._soon.set()
 
     def look_soon(self) -> None:
         """Probe now rather than at the end of the interval."""
