@@ -1,4 +1,5 @@
-"""An independent picture of the world: who waits, who runs where, which engines live. It shares no code with the book.
+"""An independent picture of the world: who waits, who runs where, which engines live. It shares no code
+with the book.
 
 Its fair order is the prose of docs/scheduling.md read literally, over plain lists, as slowly as that takes.
 """
@@ -138,7 +139,8 @@ def own_order(entry: WorldJob) -> tuple[bool, int, int]:
 def fair_heads(
     waiting: list[WorldJob], rank: Callable[[Job], float]
 ) -> list[tuple[float, int, str, WorldJob]]:
-    """The first job of each queue, in fair order: lowest F, then the account whose oldest job there came first."""
+    """The first job of each queue, in fair order: lowest F, then the account whose oldest job there came
+    first."""
     heads: list[tuple[float, int, str, WorldJob]] = []
     left = list(waiting)
     while left:

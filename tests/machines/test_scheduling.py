@@ -1,4 +1,5 @@
-"""Book and decide against an independent picture of the world, in any order of events. See oracle.py for why."""
+"""Book and decide against an independent picture of the world, in any order of events. See oracle.py for
+why."""
 
 from __future__ import annotations
 
@@ -76,6 +77,8 @@ GPUS = {
 OFFERS = [None, frozenset[str](), frozenset({"node:X"}), frozenset({"node:X", "node:Y"})]
 accounts = st.sampled_from(["ann", "bob", "cyd"])
 seeds = st.integers(0, 10**6)
+outcomes = st.lists(st.sampled_from(["ok", "ok", "again"]), min_size=3, max_size=3)
+corrections = st.sampled_from([-8.0, 0.0, 5.0, 40.0, 150.0])
 seldom = st.sampled_from([False, False, False, True])
 Wish = tuple[str, Service, str, Band, int, str]
 wishes = st.tuples(
@@ -194,7 +197,7 @@ class Scheduling(RuleBasedStateMachine):
     def prioritise(self, seed: int, band: Band, priority: int) -> None:
         entry = self.pick(seed, lambda w: w.state == "waiting")
         if entry is None:
-            return
+            return None
         if entry.claiming is not None and entry.job.band != band:
             del self.world.provisional[entry.claiming]
             entry.claiming = None  # the claim under way has another band in mind; it goes on
@@ -301,6 +304,20 @@ class Scheduling(RuleBasedStateMachine):
                 event = JobStarted(n=self.next_n(), job=entry.job.id, token=token, attempts=entry.attempts)
                 self.tell(event)
 
+    @rule(
+        correction=corrections,
+        outcomes=st.lists(st.sampled_from(["ok", "ok", "again"]), min_size=3, max_size=3),
+    )
+    def a_round_of_work(self, correction: float, outcomes: list[str]) -> None:
+        """Claims, starts and ends in one go: machines of single steps hardly ever get far."""
+        self.carry_out(["claim"] * 3)
+        self.start_all()
+        for outcome in outcomes:
+            if outcome == "ok":
+                self.finish(0, correction, "ok")
+            else:
+                self.fail_again(0, 3.0, FailureKind.LOST)
+
     @rule(seed=seeds)
     def release(self, seed: int) -> None:
         entry = self.pick(seed, lambda w: w.state == "claimed")
@@ -313,7 +330,7 @@ class Scheduling(RuleBasedStateMachine):
         self.tell(JobReleased(n=self.next_n(), job=entry.job.id, token=token, account_f=f, why="test"))
         self.tell_models(entry.gpu or "")
 
-    @rule(seed=seeds, correction=st.sampled_from([-8.0, 0.0, 5.0]), state=st.sampled_from(["ok", "bad"]))
+    @rule(seed=seeds, correction=corrections, state=st.sampled_from(["ok", "bad"]))
     def finish(self, seed: int, correction: float, state: str) -> None:
         entry = self.pick(seed, lambda w: w.state == "started")
         if entry is None:
@@ -441,7 +458,7 @@ class Scheduling(RuleBasedStateMachine):
 
     @rule(seed=seeds)
     def service_measured(self, seed: int) -> None:
-        entry = self.pick(seed, lambda w: True)
+        entry = self.pick(seed, lambda _: True)
         if entry is not None:
             self.tell(ServiceMeasured(job=entry.job, gpu=GpuId("node/g2"), seconds=4.0))
 
@@ -560,7 +577,8 @@ class Scheduling(RuleBasedStateMachine):
 
     @invariant()
     def choices_are_those_of_the_prose(self) -> None:
-        """Exact order: rules 1 and 2, band by band, as the oracle reads them; and the lead bound with them."""
+        """Exact order: rules 1 and 2, band by band, as the oracle reads them; and the lead bound with
+        them."""
         if self.world.paused:
             return
         free = [

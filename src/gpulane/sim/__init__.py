@@ -1,0 +1,11 @@
+"""A discrete-event simulator of the core: the same book and the same decide, in virtual time, with seeded
+faults.
+
+`run(seed)` plays users, store, engines and operators, checks after every event, and returns a Report. The
+same seed gives the same trace, byte for byte. It knows no socket, no store of the product, and no real
+clock.
+"""
+
+from gpulane.sim.run import Faults, Report, Workload, run
+
+__all__ = ["Faults", "Report", "Workload", "run"]
