@@ -226,7 +226,13 @@ class GpuOwner:
             claim=self._new_claim(),
             lease_seconds=self._lease.lease_seconds,
             candidates=tuple(
-                ClaimCandidate(job=c.job, engine=c.engine, charge_seconds=c.charge.total)
+                ClaimCandidate(
+                    job=c.job,
+                    engine=c.engine,
+                    charge_seconds=c.charge.total,
+                    # Proposed although it failed here: no other gpu is eligible now.
+                    despite_avoid=self._is_avoided_by(c.job),
+                )
                 for c in decision.candidates
             ),
             lowest_f=decision.lowest_f,
@@ -396,6 +402,10 @@ class GpuOwner:
             policy=self._policy,
             jitter=self._random.random(),
         )
+
+    def _is_avoided_by(self, job: JobId) -> bool:
+        entry = self._book.waiting.entries.get(job)
+        return entry is not None and self.id in entry.avoid
 
     def _eligible(self, job: Job) -> frozenset[GpuId]:
         key = self._book.class_key(job)
