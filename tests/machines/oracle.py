@@ -62,7 +62,8 @@ class WorldJob:
     claiming: str | None = None
     """The gpu whose claim under way has it as first choice."""
     charge: float = 0.0
-    suspect: bool = False
+    away: bool = False
+    """Its client left: it is not offered meanwhile."""
 
 
 @dataclass
@@ -109,7 +110,7 @@ class World:
         return [
             w
             for w in self.jobs.values()
-            if w.state == "waiting" and w.claiming is None and w.not_before <= now
+            if w.state == "waiting" and w.claiming is None and w.not_before <= now and not w.away
         ]
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -29,6 +29,7 @@ from gpulane.core.events import (
     GpuDrained,
     GpuFreed,
     GpuOccupied,
+    HolderAway,
     JobClaimed,
     JobEnded,
     JobPrioritised,
@@ -219,6 +220,17 @@ class Scheduling(RuleBasedStateMachine):
         )
         self.sync_claims()
 
+    @rule(seed=seeds, away=st.booleans())
+    def client_leaves_or_comes_back(self, seed: int, away: bool) -> None:
+        entry = self.pick(
+            seed, lambda w: w.state == "waiting" and w.away != away and w.not_before <= self.now
+        )
+        if entry is None:
+            return
+        entry.away = away
+        self.tell(HolderAway(job=entry.job.id, away=away))
+        self.sync_claims()
+
     # -- the dispatcher
 
     @rule(answers=st.lists(st.sampled_from(["claim", "claim", "later", "lost"]), min_size=3, max_size=3))
@@ -264,6 +276,7 @@ class Scheduling(RuleBasedStateMachine):
         if entry.claiming is not None:
             self.world.provisional.pop(entry.claiming, None)
         entry.state, entry.gpu, entry.engine, entry.claiming = "claimed", gpu.id, found.engine, None
+        entry.away = False
         entry.token, entry.charge = f"{n}.c", found.charge.total / entry.job.weight
         gpu.job, gpu.before, gpu.last_engine = entry.job.id, gpu.last_engine, found.engine
         lowest = dict(decision.lowest_f).get(entry.job.band, 0.0)
@@ -484,6 +497,7 @@ class Scheduling(RuleBasedStateMachine):
 
     @rule()
     def restored(self) -> None:
+        """The store does not know whose client is away: the shell tells again."""
         jobs = self.world.jobs.values()
         waiting = tuple(
             WaitingJob(
@@ -524,6 +538,9 @@ class Scheduling(RuleBasedStateMachine):
         for gpu in self.world.gpus.values():
             if gpu.job is not None:
                 gpu.before = gpu.last_engine
+        for entry in self.world.jobs.values():
+            if entry.away:
+                self.tell(HolderAway(job=entry.job.id, away=True))
         self.sync_claims()
 
     # -- what must hold after every step
@@ -573,6 +590,7 @@ class Scheduling(RuleBasedStateMachine):
             for candidate in start.candidates:
                 entry = self.world.jobs[candidate.job]
                 assert entry.state == "waiting" and entry.not_before <= self.now and entry.claiming is None
+                assert not entry.away
                 assert candidate.engine in self.world.eligible(entry)[start.gpu]
 
     @invariant()
@@ -625,6 +643,53 @@ class Scheduling(RuleBasedStateMachine):
         for start in self.proposed():
             for candidate in start.candidates:
                 assert isinstance(candidate.charge, Charge) and candidate.charge.service_seconds > 0
+
+
+plain_wishes = st.tuples(
+    accounts,
+    st.sampled_from([A1111, A1111, A1111, COMFY]),
+    st.sampled_from(["A", "B", "B", "C"]),
+    st.sampled_from([Band.NORMAL] * 9 + [Band.INTERACTIVE]),
+    st.sampled_from([0, 0, 0, 1]),
+    st.sampled_from(["", "", "", "", "", "big"]),
+)
+
+
+@given(
+    ready=st.lists(st.sampled_from([True, True, True, False]), min_size=5, max_size=5),
+    queue=st.lists(plain_wishes, min_size=10, max_size=40),
+    rounds=st.lists(st.tuples(corrections, outcomes), min_size=5, max_size=12),
+    late=st.lists(plain_wishes, max_size=5),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_full_queue_is_worked_off_in_order(
+    ready: list[bool], queue: list[Wish], rounds: list[tuple[float, list[str]]], late: list[Wish]
+) -> None:
+    """What single random steps hardly reach: many jobs, warm models, accounts far apart in F."""
+    machine = Scheduling()
+    machine.settings_and_probes(ready, queue)
+    for number, (correction, results) in enumerate(rounds):
+        if number == 3:
+            machine.several_submit(late)
+        machine.carry_out(["claim"] * 3)
+        check_everything(machine)
+        machine.start_all()
+        for at, outcome in enumerate(results):
+            if outcome == "ok":
+                machine.finish(at, correction, "ok")
+            else:
+                machine.fail_again(at, 3.0, FailureKind.NOT_STARTED)
+            check_everything(machine)
+        machine.time_passes(1.0)
+        check_everything(machine)
+
+
+def check_everything(machine: Scheduling) -> None:
+    machine.book_agrees_with_itself()
+    machine.book_agrees_with_the_world()
+    machine.deciding_changes_nothing_and_is_repeatable()
+    machine.only_fit_pairs_are_proposed()
+    machine.choices_are_those_of_the_prose()
 
 
 TestScheduling = cast("Any", Scheduling).TestCase

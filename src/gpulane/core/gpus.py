@@ -211,7 +211,6 @@ def shown_state(facts: GpuFacts) -> GpuState:
 
 
 # --- may a job run here?
-# ----------------------------------------------------------------------------------------------
 
 
 def able_engines(key: ClassKey, facts: GpuFacts) -> tuple[EngineUrl, ...]:

@@ -18,7 +18,8 @@ TEXTS: Final[dict[str, str]] = {
     "running": "It runs on {gpu}.",
     "claiming": "It is being given to {gpu}.",
     "resting_after_failure": "Its attempt {attempts} failed; it rests for {seconds} s before the next.",
-    "client_away": "Its client left; it keeps its place for the same request of the same account, and is not started meanwhile.",
+    "client_away": "Its client left; it keeps its place for the same request of the same account, and is not "
+    "started meanwhile.",
     "waiting_turn": "Position {position} in fair order; every gpu that may run it is busy.",
     "waiting_for_model": "It is first in fair order, but no gpu holds its model {model}: jobs of loaded "
     "models may go first until their accounts are {slack_seconds} GPU-seconds ahead.",

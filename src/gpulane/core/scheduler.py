@@ -15,6 +15,7 @@ The decision tree; the numbers are those of docs/scheduling.md and stand in `Can
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from gpulane.core.book import Book
 from gpulane.core.decisions import AskAgain, Candidate, Decision, StartAttempt
@@ -174,7 +175,7 @@ def ask_again(book: Book, policy: Policy, now: Seconds, *, all_taken: bool) -> l
     """Returns when something that rests will have rested, if that could start a job (rule 6)."""
     times = [facts.rest_until for facts in book.gpus.values() if facts.rest_until > now]
     if not all_taken:
-        times += [row[0] for row in book.waiting.resting if row[0] > now][:1]
+        times += [row[0] for row in book.waiting.resting if now < row[0] < inf][:1]
     if not times:
         return []
     at = max(min(times), now + policy.ask_again_seconds_min)

@@ -41,7 +41,6 @@ class Facts(Protocol):
 
 
 # --- position
-# ---------------------------------------------------------------------------------------------------------
 
 
 class AccountStanding(NamedTuple):
@@ -113,7 +112,6 @@ def jobs_before(other: AccountStanding, turn: float, since: int) -> int:
 
 
 # --- why it waits
-# ------------------------------------------------------------------------------------------------------
 
 
 def explain(facts: Facts, job: JobId, position: int | None, now: Seconds) -> Reason | None:
@@ -194,7 +192,6 @@ def holders(facts: Facts, group: WaitingClass) -> list[GpuId]:
 
 
 # --- when it may start
-# -------------------------------------------------------------------------------------------------
 
 
 def estimate(
@@ -207,7 +204,7 @@ def estimate(
     lighter accounts that arrive later rightly go first.
     """
     gpus = [facts.gpus[gpu] for gpu in entry.group.eligible]
-    if not gpus or facts.paused:
+    if not gpus or facts.paused or entry.not_before == inf:
         return None
     band = facts.waiting.bands[entry.group.key.band]
     seconds = facts.learned.typical_seconds(entry.job.service)
@@ -238,7 +235,6 @@ def honest_range(about: Seconds) -> tuple[Seconds, Seconds]:
 
 
 # --- invariants
-# --------------------------------------------------------------------------------------------------------
 
 
 def check_queues(waiting: Waiting) -> None:
