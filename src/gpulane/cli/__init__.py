@@ -6,6 +6,6 @@ wrong use or settings.
 Heavy modules are imported inside the commands, so that `gpulane --help` is quick.
 """
 
-from gpulane.cli.main import main
+from gpulane.cli.main import main, program
 
-__all__ = ["main"]
+__all__ = ["main", "program"]

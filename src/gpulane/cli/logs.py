@@ -1,5 +1,7 @@
-"""Sets structlog up: lines for people on a terminal, JSON for machines; one event per line, on standard
-error.
+"""Sets logging up for the whole process: lines for people, or JSON for machines; one event per line, on
+standard error.
+
+Tracebacks never show local variables: those may hold keys and prompts.
 """
 
 from __future__ import annotations
@@ -13,23 +15,31 @@ from gpulane.config.settings import LogSettings
 
 
 def set_up_logs(settings: LogSettings) -> None:
-    """Configure logging for the whole process."""
+    """Configure our own log and that of the libraries alike."""
     level = logging.getLevelNamesMapping()[settings.level.upper()]
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if settings.format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
+    first: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[structlog.typing.Processor]
+    if settings.format == "json":
+        last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    else:
+        last = [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
+        processors=[*first, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(level=max(level, logging.WARNING), stream=sys.stderr)
+    lines = logging.StreamHandler(sys.stderr)
+    without_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    lines.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=first, processors=[without_meta, *last])
+    )
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[lines], force=True)

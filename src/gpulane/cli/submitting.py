@@ -1,0 +1,8 @@
+"""`gpulane submit`."""
+
+import click
+
+
+@click.command()
+def submit() -> None:
+    """Submit jobs."""

@@ -1,0 +1,8 @@
+"""`gpulane wait`."""
+
+import click
+
+
+@click.command()
+def wait() -> None:
+    """Wait."""
