@@ -13,7 +13,7 @@ from gpulane.adapters.http.routes import DEFAULT_JOBS, classify
 from gpulane.config import EngineSettings, Settings
 from gpulane.core.model import EngineState, GpuState, Service
 from gpulane.errors import NotFound, NotPermitted, Unavailable
-from gpulane.web.bodies import MIB, read_body, suggestion
+from gpulane.web.bodies import MIB, read_body, suggestion, understood
 from gpulane.web.held import hold, serve_held
 from gpulane.web.identity import SAFE_METHODS
 from gpulane.web.intake import Wishes, new_job
@@ -57,7 +57,8 @@ class HttpFront:
     ) -> web.StreamResponse:
         settings = self._context.settings
         body = await read_body(request, int(settings.limits.body_mib * MIB), may_be_encoded=True)
-        recognized = recognize(request.method, target, tuple(request.headers.items()), body)
+        headers = tuple(request.headers.items())
+        recognized = await understood(body, lambda: recognize(request.method, target, headers, body))
         new = new_job(
             self._context.new_job_id(),
             Service.HTTP,

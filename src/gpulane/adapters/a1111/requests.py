@@ -76,7 +76,8 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def recognize(path: str, body: bytes, context: RequestContext) -> Recognized:
     """Understand a request to one of `routes.JOB_POSTS`. Raises a ClientError that says what to change.
 
-    20 MB of pictures take some 50 ms, nearly all of it for the digest, which lets other threads run.
+    20 MB of pictures take some 50 ms, nearly all of it for the digest, which lets other threads run: callers
+    with an event loop do it in a thread.
     """
     endpoint = endpoint_of(path)
     fields = split(body)

@@ -24,7 +24,7 @@ from gpulane.web.a1111.answers import call_failed
 from gpulane.web.a1111.lists import Lists
 from gpulane.web.a1111.options import Options
 from gpulane.web.a1111.own import OwnJobs
-from gpulane.web.bodies import MIB, read_body
+from gpulane.web.bodies import MIB, read_body, understood
 from gpulane.web.held import hold, send_answer
 from gpulane.web.intake import Wishes, new_job
 from gpulane.web.ports import HeldCall, Identity, Role, WebContext
@@ -49,7 +49,8 @@ class Calls:
         """Make a job of the request, wait for it and pass its answer on."""
         body = await read_body(request, int(self._context.settings.limits.body_mib * MIB))
         job_id = self._context.new_job_id()
-        recognized = recognize(path, body, await self._request_context(job_id, identity))
+        context = await self._request_context(job_id, identity)
+        recognized = await understood(body, lambda: recognize(path, body, context))
         try:
             return await self._serve(request, await self._admitted(job_id, recognized, identity))
         except GpulaneError as error:

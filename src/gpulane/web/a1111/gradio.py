@@ -22,7 +22,7 @@ from gpulane.web.a1111.answers import json_answer
 from gpulane.web.a1111.engine_calls import EngineCalls
 from gpulane.web.a1111.functions import FunctionLists, Functions
 from gpulane.web.a1111.queue_socket import QueueSockets
-from gpulane.web.bodies import MIB, read_body
+from gpulane.web.bodies import MIB, read_body, understood
 from gpulane.web.ports import EngineView, Identity, WebContext
 from gpulane.web.relay_to import RelayTo
 
@@ -83,7 +83,7 @@ class GradioCalls:
         self, request: web.Request, target: str, engine: EngineView, *, is_queued: bool
     ) -> web.StreamResponse:
         body = await read_body(request, self._body_bytes_max)
-        number = function_of(body)
+        number = await understood(body, lambda: function_of(body))
         functions = await self._functions.of(request, engine)
         if number is None or number not in functions.passing:
             return refused(number, functions, is_queued=is_queued)

@@ -7,6 +7,7 @@ import msgspec
 from gpulane.adapters.a1111.requests import RequestContext, recognize
 from gpulane.adapters.a1111.routes import JOB_POSTS
 from gpulane.adapters.base import Recognized
+from gpulane.adapters.comfyui.graph import Combos
 from gpulane.adapters.comfyui.prompt import PromptLimits, parse_prompt
 from gpulane.core.model import Band, JobId, Service
 from gpulane.errors import BadRequest
@@ -15,7 +16,7 @@ from gpulane.web.a1111.lists import Lists as A1111Lists
 from gpulane.web.a1111.options import Options
 from gpulane.web.api.asked import Asked, is_at_least
 from gpulane.web.api.documents import NewJobRequest, Priority
-from gpulane.web.bodies import MIB, decode, suggestion
+from gpulane.web.bodies import MIB, decode, suggestion, understood
 from gpulane.web.comfyui.lists import Lists as ComfyUILists
 from gpulane.web.intake import Wishes, new_job
 from gpulane.web.ports import Role, WebContext
@@ -37,21 +38,24 @@ class Submissions:
 
     async def understand(self, body: bytes, asked: Asked) -> tuple[NewJob, Recognized]:
         """Make a job of a body. Raises ClientErrors that say what to change."""
-        wanted = decode(body, NewJobRequest)
+        wanted = await understood(body, lambda: decode(body, NewJobRequest))
         for name, value in (("webhook", wanted.webhook), ("deadline_seconds", wanted.deadline_seconds)):
             if _given(value) not in {b"", b"null"}:
                 raise BadRequest(f"{name} is not supported yet.", hint="Leave it out.", code="not_supported")
         job_id = self._context.new_job_id()
         match wanted.service:
             case "comfyui":
-                service, recognized = Service.COMFYUI, self._workflow(wanted, job_id)
+                combos = self._nodes.combos()
+                service = Service.COMFYUI
+                recognized = await understood(body, lambda: self._workflow(wanted, job_id, combos))
             case "a1111":
                 is_admin = is_at_least(asked.identity, Role.ADMIN)
                 carried = await self._options.carried(asked.identity.account)
                 context = RequestContext(
                     job=job_id, catalogue=self._lists.catalogue(), carried=carried, is_admin=is_admin
                 )
-                service, recognized = Service.A1111, _payload(wanted, context)
+                service = Service.A1111
+                recognized = await understood(body, lambda: _payload(wanted, context))
         band, priority = band_and_priority(wanted.priority)
         wishes = Wishes(
             band=Band.NORMAL if band is None else band,
@@ -64,7 +68,7 @@ class Submissions:
         new = new_job(job_id, service, recognized, asked.identity, attempts_max=attempts_max, wishes=wishes)
         return new, recognized
 
-    def _workflow(self, wanted: NewJobRequest, job_id: JobId) -> Recognized:
+    def _workflow(self, wanted: NewJobRequest, job_id: JobId, combos: Combos) -> Recognized:
         if not _given(wanted.workflow):
             raise BadRequest(
                 "workflow is missing.", hint="Give the workflow in API format.", code="bad_field"
@@ -73,7 +77,7 @@ class Submissions:
             raise BadRequest("endpoint and payload belong to a1111.", code="bad_field")
         limits = PromptLimits(body_bytes_max=int(self._context.settings.limits.workflow_mib * MIB))
         body = b'{"prompt":' + _given(wanted.workflow) + b"}"
-        return parse_prompt(body, job=job_id, limits=limits, combos=self._nodes.combos())
+        return parse_prompt(body, job=job_id, limits=limits, combos=combos)
 
 
 def _payload(wanted: NewJobRequest, context: RequestContext) -> Recognized:

@@ -14,7 +14,7 @@ from gpulane.adapters.comfyui.refusals import PromptRefused, impossible_answer
 from gpulane.core.model import Job, JobId, Service
 from gpulane.errors import Conflict, Impossible, TooLarge, Unavailable
 from gpulane.store.base import Code, JobRecord, NewJob, Reply
-from gpulane.web.bodies import MIB, read_body
+from gpulane.web.bodies import MIB, read_body, understood
 from gpulane.web.comfyui.answers import json_answer, require_user, too_large
 from gpulane.web.comfyui.lists import Lists
 from gpulane.web.comfyui.live import LiveJobs
@@ -39,18 +39,19 @@ class Submission:
             body = await read_body(request, bytes_max)
         except TooLarge:
             return too_large(bytes_max)
-        recognized = parse_prompt(
-            body,
-            job=(job := self._context.new_job_id()),
-            limits=PromptLimits(body_bytes_max=bytes_max),
-            combos=self._lists.combos(),
-        )
+        # The client may leave now; what it sent is stored all the same, and its answer is lost alone.
+        return await finished(self._take(body, bytes_max, identity))
+
+    async def _take(self, body: bytes, bytes_max: int, identity: Identity) -> web.Response:
+        job = self._context.new_job_id()
+        limits, combos = PromptLimits(body_bytes_max=bytes_max), self._lists.combos()
+        recognized = await understood(body, lambda: parse_prompt(body, job=job, limits=limits, combos=combos))
         try:
-            # The client may leave now; what it sent is stored all the same, and its answer is lost alone.
-            record = await finished(self._enqueue(self._new_job(job, recognized, identity), recognized))
-        except Impossible as error:
-            missing = self._lists.missing(recognized.needs)
-            told = impossible_answer(graph_of(recognized.request.body), missing, error)
+            record = await self._enqueue(self._new_job(job, recognized, identity), recognized)
+        except Impossible as impossible:
+            missing, why = self._lists.missing(recognized.needs), impossible
+            sent = recognized.request.body
+            told = await understood(sent, lambda: impossible_answer(graph_of(sent), missing, why))
             return web.Response(body=told.body, status=told.status, content_type=told.content_type)
         except Conflict as error:
             raise PromptRefused(

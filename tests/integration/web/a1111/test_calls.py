@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
+from gpulane.web.bodies import BIG_BODY_BYTES, READERS_MAX, understood
 from tests.integration.web.a1111.ground import ANN, BOB, Wanted, ground, until
 
 pytestmark = pytest.mark.anyio
@@ -125,6 +128,32 @@ async def test_a_client_that_leaves_is_told_to_the_gateway(tmp_path: Path) -> No
         await until(lambda: bool(here.gateway.left))
         assert here.gateway.left == list(here.gateway.answers)
         assert here.gateway.answered_jobs == []
+
+
+async def test_big_bodies_are_understood_beside_the_loop(tmp_path: Path) -> None:
+    """With both reading threads taken big bodies wait, small ones do not; whoever leaves makes no job."""
+    big = json.dumps(SMALL | {"prompt": "x" * (BIG_BODY_BYTES + 1)}).encode()
+    go = threading.Event()
+    async with ground(tmp_path) as here, asyncio.TaskGroup() as tasks:
+
+        async def ask() -> int:
+            headers = {"X-Api-Key": ANN}
+            async with here.client.post(TXT2IMG, data=io.BytesIO(big), headers=headers) as answer:
+                return answer.status
+
+        blocked = [
+            tasks.create_task(understood(bytes(BIG_BODY_BYTES + 1), lambda: go.wait(10.0)))
+            for _ in range(READERS_MAX)
+        ]
+        await asyncio.sleep(0)
+        leaving, staying = (tasks.create_task(ask()) for _ in range(2))
+        await here.ask("POST", TXT2IMG, body=SMALL | {"seed": 2})
+        assert not leaving.done() and not staying.done()
+        leaving.cancel()
+        go.set()
+        assert await staying == 200
+        assert all([await one for one in blocked])
+        assert len(here.gateway.answers) == 2 and here.sims[0].runs == 2
 
 
 async def test_nothing_listens_any_more_without_engines(tmp_path: Path) -> None:
