@@ -42,6 +42,9 @@ PASSING_ELEMENTS: Final = re.compile(
 """Elements of the stock pages whose functions only compute what the page shows: no gpu, no file, nobody
 else's state."""
 
+RESIZE_SCRIPT: Final = "setupAllResizeHandles"
+"""Does its work in the page; the engine is called for the sake of the script alone."""
+
 _DENIED_ELEMENTS: Final = re.compile(r".*_(skip|interrupt|interrupting|restore_progress|interrupt_training)")
 """They act on whatever runs, whoever's it is (interrupt), or wait for it (restore): the front door answers
 these."""
@@ -56,6 +59,8 @@ class _Dependency(msgspec.Struct):
     targets: list[object] = []
     js: object = None
     backend_fn: bool = False
+    inputs: list[object] | None = None
+    outputs: list[object] | None = None
 
 
 class _Config(msgspec.Struct):
@@ -75,7 +80,7 @@ def passing(config: bytes) -> frozenset[int]:
     return frozenset(
         number
         for number, dependency, elements in _functions(config)
-        if not _uses_gpu(dependency, elements) and _is_harmless(elements)
+        if not _uses_gpu(dependency, elements) and (_is_harmless(elements) or _does_nothing(dependency))
     )
 
 
@@ -119,3 +124,11 @@ def _uses_gpu(dependency: _Dependency, elements: tuple[str, ...]) -> bool:
 def _is_harmless(elements: tuple[str, ...]) -> bool:
     """A page load has no elements: it fills in what the page shows."""
     return all(PASSING_ELEMENTS.fullmatch(name) and not _DENIED_ELEMENTS.fullmatch(name) for name in elements)
+
+
+def _does_nothing(dependency: _Dependency) -> bool:
+    """Know A1111's `.then(fn=lambda: None, _js="setupAllResizeHandles")`, which each page load ends with.
+
+    It belongs to the page itself, an element without a name; it takes nothing and fills in nothing.
+    """
+    return dependency.js == RESIZE_SCRIPT and dependency.inputs == [] and dependency.outputs == []

@@ -23,7 +23,7 @@ from tests.integration.web.standin import GPU
 
 pytestmark = pytest.mark.anyio
 
-LOAD, SWAP, GENERATE, ODD, RESIZE = range(5)
+LOAD, SWAP, GENERATE, ODD, RESIZE, SILENT = range(6)
 """The functions of the page, by number."""
 COMPONENTS = [
     {"id": 1, "props": {"elem_id": "txt2img_subseed_show"}},
@@ -35,7 +35,8 @@ DEPENDENCIES = [
     {"targets": [1], "inputs": [1], "outputs": [1], "backend_fn": True, "js": None},
     {"targets": [2], "inputs": [1], "outputs": [1], "backend_fn": True, "js": "submit"},
     {"targets": [3], "inputs": [1], "outputs": [1], "backend_fn": True, "js": None},
-    {"targets": [3], "inputs": [], "outputs": [], "backend_fn": True, "js": "setupAllResizeHandles"},
+    {"targets": [0], "inputs": [], "outputs": [], "backend_fn": True, "js": "setupAllResizeHandles"},
+    {"targets": [3], "inputs": [], "outputs": [], "backend_fn": True, "js": "somebodysScript"},
 ]
 
 
@@ -174,8 +175,10 @@ async def test_gpu_and_unknown_functions_end_here(tmp_path: Path, number: int) -
 
 async def test_functions_without_anything_to_compute_just_end(tmp_path: Path) -> None:
     async with pages(tmp_path) as (here, page):
-        came = await called(here, RESIZE)
+        came = await called(here, SILENT)
         assert came[-2]["success"] and came[-2]["output"]["data"] == [] and page.ran == []
+        await called(here, RESIZE)
+        assert page.ran == [RESIZE]
 
 
 async def test_the_data_must_be_of_the_function_that_was_judged(tmp_path: Path) -> None:

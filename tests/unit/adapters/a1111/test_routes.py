@@ -96,6 +96,8 @@ def test_gpu_functions_of_a_real_page(shared: Path) -> None:
     assert not gpu & passing
     # The page's own load opens these; the token counters and the tabs work.
     assert {149, 303, 365, 106, 107, 27, 81} <= passing
+    # What each load calls at its end, for its script alone: function and script as recorded, element unnamed.
+    assert {150, 304} <= passing
     # Interrupt, skip, restore, installing extensions, restarting.
     assert not {41, 42, 43, 103, 161, 162, 163, 255, 326, 348, 361, 370, 367} & passing
 
@@ -103,6 +105,24 @@ def test_gpu_functions_of_a_real_page(shared: Path) -> None:
 def test_gradio_four_writes_targets_in_its_own_way(shared: Path) -> None:
     config = (shared / "recordings/a1111/gradio4_config.json").read_bytes()
     assert isinstance(gradio.gpu_functions(config), frozenset)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"js": "submit"}, {"js": None}, {"inputs": [1]}, {"outputs": [1]}, {"outputs": None}],
+    ids=str,
+)
+def test_only_a_script_without_values_passes_for_an_unnamed_element(change: dict[str, object]) -> None:
+    recorded: dict[str, object] = {
+        "targets": [0],
+        "trigger": "then",
+        "inputs": [],
+        "outputs": [],
+        "backend_fn": True,
+        "js": "setupAllResizeHandles",
+    }
+    config = {"components": [], "dependencies": [recorded, recorded | change]}
+    assert gradio.passing(json.dumps(config).encode()) == {0}
 
 
 def test_function_numbers() -> None:
