@@ -18,6 +18,8 @@ import msgspec
 
 NEAREST_MAX: Final = 3
 """How many names a refusal suggests."""
+LISTED_MAX: Final = 20
+"""How many it lists when nothing is near."""
 
 _CHECKSUM = re.compile(r"\s*\[[0-9a-fA-F]{8,64}\]\s*$")
 """The end of a title once the file was hashed: `name.safetensors [e1441589a6]`."""
@@ -376,10 +378,27 @@ def find_by_stem(checkpoints: tuple[Checkpoint, ...] | None, stem: str) -> Check
 
 
 def nearest(names: Iterable[str], wanted: str) -> tuple[str, ...]:
-    """Suggest names like the one that was not found."""
-    folded = {name.casefold(): name for name in names}
-    close = get_close_matches(wanted.casefold(), list(folded), n=NEAREST_MAX, cutoff=0.4)
-    return tuple(folded[name] for name in close)
+    """Suggest names like the one that was not found, the most alike first.
+
+    People leave out folder, extension and hash, which are much of a title: without them it is compared too.
+    """
+    shown: dict[str, str] = {}
+    for name in names:
+        bare = without_checksum(name)
+        for form in (name, bare, file_of(bare), stem_of(bare)):
+            shown.setdefault(form.casefold(), name)
+    # A name's forms are alike, so there may be four of each.
+    close = get_close_matches(wanted.casefold(), list(shown), n=4 * NEAREST_MAX, cutoff=0.4)
+    return tuple(dict.fromkeys(shown[form] for form in close))[:NEAREST_MAX]
+
+
+def hinted(names: Iterable[str], wanted: str) -> str | None:
+    """Say in a refusal what would have been known: the nearest names, else some of all."""
+    listed = list(names)
+    near = nearest(listed, wanted)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"there are: {', '.join(listed[:LISTED_MAX])}" if listed else None
 
 
 def without_checksum(title: str) -> str:

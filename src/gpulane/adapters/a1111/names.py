@@ -19,7 +19,7 @@ from gpulane.adapters.a1111.catalogue import (
     find,
     find_checkpoint,
     find_sampler,
-    nearest,
+    hinted,
 )
 from gpulane.adapters.a1111.errors import EngineRefusal, UnknownName
 from gpulane.adapters.a1111.fields import Body, Reader
@@ -29,7 +29,6 @@ CHECKPOINT: Final = "sd_model_checkpoint"
 LORAS_MAX: Final = 100
 """More in one prompt are not looked at."""
 SHOWN_LENGTH_MAX: Final = 200
-LISTED_MAX: Final = 20
 
 _SAME: Final = frozenset(
     {"", "use same sampler", "use same scheduler", "use same checkpoint", "none", "automatic"}
@@ -216,13 +215,8 @@ class Names:
 
 
 def _unknown(kind: str, wanted: str, names: Iterable[str]) -> UnknownName:
-    listed = list(names)
-    near = nearest(listed, wanted)
     shown = wanted if len(wanted) <= SHOWN_LENGTH_MAX else wanted[:SHOWN_LENGTH_MAX] + "..."
-    if near:
-        hint = f"did you mean {' or '.join(near)}?"
-    else:
-        hint = f"there are: {', '.join(listed[:LISTED_MAX])}" if listed else None
+    hint = hinted(names, wanted)
     return UnknownName(f"no engine has the {kind} {shown!r}", hint=hint, code=f"unknown_{kind}")
 
 

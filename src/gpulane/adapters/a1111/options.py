@@ -14,12 +14,14 @@ from typing import Final
 
 import msgspec
 
-from gpulane.adapters.a1111.catalogue import Catalogue, find_checkpoint_loosely, nearest, without_checksum
+from gpulane.adapters.a1111.catalogue import Catalogue, find_checkpoint_loosely, hinted, without_checksum
 from gpulane.adapters.a1111.errors import EngineRefusal, Invalid
 from gpulane.adapters.a1111.fields import Body, split
 from gpulane.errors import NotPermitted
 
 CHECKPOINT: Final = "sd_model_checkpoint"
+SHOWN_LENGTH_MAX: Final = 200
+"""Of a wrong name, in the message about it."""
 
 CARRIED: Final = frozenset(
     [
@@ -318,9 +320,9 @@ def _checkpoint(value: msgspec.Raw, before: msgspec.Raw | None, catalogue: Catal
     known = catalogue.checkpoints
     found = find_checkpoint_loosely(known, wanted) if known is not None else None
     if known is not None and found is None:
-        near = nearest((c.title for c in known), wanted)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        message = f"model {wanted!r} not found{hint}"
+        hint = hinted((c.title for c in known), wanted)
+        shown = wanted if len(wanted) <= SHOWN_LENGTH_MAX else wanted[:SHOWN_LENGTH_MAX] + "..."
+        message = f"model {shown!r} not found" + (f"; {hint}" if hint else "")
         raise EngineRefusal(message, status=500, code="unknown_checkpoint", error="RuntimeError")
     name = found.name if found is not None else wanted
     shown = _text(before)

@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from gpulane.adapters.a1111.catalogue import (
     digest,
     find_by_stem,
     find_checkpoint_loosely,
     find_sampler,
+    hinted,
     merged,
     merged_document,
+    nearest,
     offers,
     read_catalogue,
 )
@@ -82,6 +86,28 @@ def test_post_options_takes_any_part_of_a_title() -> None:
     assert found is not None and found.name == "xl/tinyB.safetensors"
     assert find_checkpoint_loosely(checkpoints, "nope") is None
     assert find_by_stem(checkpoints, "tinyB") == found
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first"),
+    [
+        ("betta", "beta.safetensors"),
+        ("BETTA.ckpt", "beta.safetensors"),
+        ("gamm", "sub/Gamma XL.safetensors [0123456789]"),
+        ("sub/gama xl.safetensors", "sub/Gamma XL.safetensors [0123456789]"),
+    ],
+)
+def test_nearest_names_without_what_people_leave_out(wanted: str, first: str) -> None:
+    titles = ["alpha.safetensors", "beta.safetensors", "sub/Gamma XL.safetensors [0123456789]"]
+    found = nearest(titles, wanted)
+    assert found[0] == first and len(set(found)) == len(found) <= 3
+
+
+def test_some_names_are_listed_when_none_is_near() -> None:
+    assert hinted([f"model{n:03}" for n in range(50)], "qqqq") == "there are: " + ", ".join(
+        f"model{n:03}" for n in range(20)
+    )
+    assert hinted([], "qqqq") is None
 
 
 def test_the_digest_changes_with_what_is_offered_only() -> None:

@@ -51,7 +51,8 @@ def test_unknown_names_are_refused_as_the_engine_does() -> None:
         change({"sd_model_checkpoint": "doesnotexist"})
     answer = error_answer(caught.value)
     assert answer.status == 500
-    assert json.loads(answer.body)["errors"].startswith("model 'doesnotexist' not found")
+    told = json.loads(answer.body)["errors"]
+    assert told.startswith("model 'doesnotexist' not found; ") and "tinyA.safetensors" in told
     with pytest.raises(EngineRefusal) as caught:
         change({"no_such_option": 1})
     assert json.loads(error_answer(caught.value).body)["error"] == "KeyError"
