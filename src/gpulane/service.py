@@ -21,7 +21,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
+import msgspec
 import structlog
 from aiohttp import web
 from platformdirs import user_data_path
@@ -33,8 +35,8 @@ from gpulane.core.policy import Policy
 from gpulane.dispatcher.gateway import Gateway, GatewayParts
 from gpulane.dispatcher.locks import GpuLocks
 from gpulane.engine.a1111 import A1111Client
-from gpulane.engine.base import ServiceClient
 from gpulane.engine.a1111.pace import Pace
+from gpulane.engine.base import ServiceClient
 from gpulane.engine.comfyui import ComfyUIClient, Timings
 from gpulane.engine.detect import detect
 from gpulane.engine.http import HttpServiceClient
@@ -95,6 +97,7 @@ async def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
 @contextlib.asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Running]:
     """Start everything; inside the block requests are served. Raises ConfigError when it cannot start."""
+    settings = _with_names(settings)
     data_folder = _data_folder(settings)
     async with contextlib.AsyncExitStack() as stack:
         store, node_store = _stores(settings, data_folder)
@@ -139,6 +142,24 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         await stack.enter_async_context(gateway.running())
         addresses = await _listen(settings, gateway, node_store, data_folder, stack)
         yield Running(gateway=gateway, addresses=addresses)
+
+
+def _with_names(settings: Settings) -> Settings:
+    """Give every http engine the NAME of its /svc/NAME/: `gpu0-11434` unless the settings say another."""
+    gpus = {
+        name: msgspec.structs.replace(gpu, engines=tuple(_with_name(name, engine) for engine in gpu.engines))
+        for name, gpu in settings.gpus.items()
+    }
+    return msgspec.structs.replace(settings, gpus=gpus)
+
+
+def _with_name(gpu: str, engine: str | int | EngineSettings) -> EngineSettings:
+    assert isinstance(engine, EngineSettings), "settings are normalized"
+    if engine.name or engine.service != Service.HTTP.value:
+        return engine
+    parts = urlsplit(engine.url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return msgspec.structs.replace(engine, name=f"{gpu}-{port}")
 
 
 async def _first(*waits: Coroutine[object, object, object]) -> None:
@@ -228,9 +249,7 @@ def _gpu(host: str, name: str, gpu: GpuSettings, node: NodeId, services: dict[st
     for engine in gpu.engines:
         assert isinstance(engine, EngineSettings), "settings are normalized"
         service = Service(engine.service) if engine.service else services[engine.url]
-        port = engine.url.rpartition(":")[2]
-        shown = engine.name or (f"{name}-{port}" if service is Service.HTTP else "")
-        engines.append(Engine(url=EngineUrl(engine.url), service=service, name=shown))
+        engines.append(Engine(url=EngineUrl(engine.url), service=service, name=engine.name))
     return Gpu(
         id=GpuId(f"{host}/{name}"),
         node=node,

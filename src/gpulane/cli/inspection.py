@@ -159,7 +159,7 @@ def _data_folder(settings: Settings) -> Finding:
 
 def _why_not_written(folder: Path) -> str | None:
     try:
-        # Never seen by anybody: it has no name, or is gone at once. Asking for rights alone tells root too much.
+        # It has no name, or is gone at once. Asking for rights alone would tell root too much.
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
