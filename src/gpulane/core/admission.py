@@ -104,9 +104,13 @@ def nearest_names(book: Book, key: ClassKey) -> tuple[str, ...]:
 
 
 def closest(name: str, names: list[str]) -> list[str]:
-    """Compares without case: `Euler A` is close to `euler a`."""
-    by_fold = {other.casefold(): other for other in names}
-    return [by_fold[fold] for fold in difflib.get_close_matches(name.casefold(), by_fold, NEAREST_MAX)]
+    """Compares without case and file ending: `Euler A` is close to `euler a`, one `.safetensors` not to all."""
+    by_stem = {stem(other): other for other in names}
+    return [by_stem[near] for near in difflib.get_close_matches(stem(name), by_stem, NEAREST_MAX)]
+
+
+def stem(name: str) -> str:
+    return name.casefold().rpartition(".")[0] or name.casefold()
 
 
 def offers_of(book: Book, service: Service) -> frozenset[str]:

@@ -285,7 +285,9 @@ class ClaimLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HolderAway:
-    """The client of a held job left (`away`), or came back: the job keeps its place but is not started meanwhile."""
+    """The client of a held job left (`away`), or came back: the job keeps its place, but is not started
+    meanwhile.
+    """
 
     job: JobId
     away: bool

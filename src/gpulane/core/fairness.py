@@ -49,7 +49,14 @@ class FairOrder:
     def take(self, head: Head, charge: float) -> None:
         """Thinks of the head's job as started, its account as charged."""
         self._remove(head, head[0] + charge)
-        account = head[2]
+        self._show_account(head[2])
+
+    def refund(self, account: Account, charge: float) -> None:
+        """Takes a charge back whose job turned out to be gone."""
+        self._f[account] -= charge
+        self._show_account(account)
+
+    def _show_account(self, account: Account) -> None:
         for group in self._band.tabs[account].classes.values():
             self._show(group)
         for group, accounts in self._woken.items():

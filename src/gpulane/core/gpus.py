@@ -126,9 +126,9 @@ class GpuFacts:
     def unclaim(self) -> None:
         """Takes back what `claim` assumed: nothing was sent to the engine."""
         last, residents, self.served_seconds = self.before_claim
-        handed_over = self.last_engine is not None and last != self.last_engine
         for url, facts in self.engines.items():
-            facts.resident = NO_MODEL if handed_over else residents.get(url, NO_MODEL)
+            # The others may have been unloaded already; where they were not, ModelSeen tells.
+            facts.resident = residents.get(url, NO_MODEL) if url == self.last_engine else NO_MODEL
         self.last_engine = last
         self.unproved = None
 

@@ -36,7 +36,9 @@ class Choice:
     job: JobId
     engine: EngineUrl
     charge: Charge
-    weight: float
+    cost: float
+    """How much its account's F grows."""
+    order: FairOrder
     rule: str
 
     @property
@@ -78,7 +80,7 @@ def propose(book: Book, policy: Policy, idle: list[GpuFacts], now: Seconds) -> l
             if choice is None:
                 break
             choices.append(choice)
-            order.take(choice.head, choice.charge.total / choice.weight)
+            order.take(choice.head, choice.cost)
             free.remove(choice.facts)
     if not choices:
         return []
@@ -129,7 +131,14 @@ def chosen(terms: Terms, order: FairOrder, head: Head, facts: GpuFacts, rule: st
     job = terms.book.waiting.entries[order.job_of(head)].job
     engine, cost = charge(terms.book, terms.policy, job, head[4], facts)
     return Choice(
-        head=head, facts=facts, job=job.id, engine=engine, charge=cost, weight=job.weight, rule=rule
+        head=head,
+        facts=facts,
+        job=job.id,
+        engine=engine,
+        charge=cost,
+        cost=cost.total / job.weight,
+        order=order,
+        rule=rule,
     )
 
 
@@ -138,6 +147,8 @@ def further(terms: Terms, orders: list[FairOrder], choice: Choice) -> list[Candi
     found: list[Candidate] = []
     for order in orders:
         alone, free = order.copy_for(choice.facts.gpu.id), FreeGpus([choice.facts])
+        if order is choice.order:
+            alone.refund(choice.head[2], choice.cost)
         while len(found) < terms.policy.candidates_max - 1:
             other = choose(terms, alone, free)
             if other is None:
