@@ -48,7 +48,7 @@ CARD: Final = CardOptions(
 BRISK: Final = SchedulingSettings(
     load_seconds_unknown=1.5, service_seconds_unknown=2.0, slack_loads=4.0, slack_cap_seconds_per_gpu=3.0
 )
-"""Models load, and people take turns, about ten times as fast here as on real cards: nobody watches for minutes."""
+"""People take turns about ten times as fast here as on real cards: nobody watches for minutes."""
 Document = TypeVar("Document")
 
 
