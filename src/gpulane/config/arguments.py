@@ -38,23 +38,32 @@ def engine_from_text(text: str) -> EngineSettings:
 
 def engine_url(text: str, shown: str | None = None) -> str:
     """Turn PORT, HOST:PORT or URL into a base URL without a trailing slash. Raises ConfigError."""
-    shown = shown or text
+    shown = without_password(shown or text)
+    if "@" in text:
+        raise ConfigError(
+            f"{shown!r} is no engine: a URL with a user and a password is not taken, since URLs are shown in "
+            "many places; let the engine listen on loopback without a login, or behind a proxy that adds it"
+        )
     if text.startswith(("http://", "https://")):
         url = text.rstrip("/")
         authority = text.split("//", 1)[1].split("/", 1)[0]
         host, _, port = (
             authority.rpartition(":") if ":" in authority.rpartition("]")[2] else (authority, "", "")
         )
-        if not host or "?" in url or "#" in url or "@" in authority:
-            raise ConfigError(
-                f"{shown!r} is no engine: a URL needs a host, and no query, fragment or password"
-            )
+        if not host or "?" in url or "#" in url:
+            raise ConfigError(f"{shown!r} is no engine: a URL needs a host, and no query or fragment")
         if port:
             _port(port, shown)
         return url
     host, _, port = text.rpartition(":")
     _port(port, shown)
     return f"http://{host or '127.0.0.1'}:{port}"
+
+
+def without_password(text: str) -> str:
+    """Return an address as it may be shown."""
+    _, at, rest = text.rpartition("@")  # a password may hold anything
+    return f"***@{rest}" if at else text
 
 
 def _gpu(argument: str) -> GpuSettings:

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 import yaml
 
-from gpulane.config.arguments import engine_from_text, engine_url
+from gpulane.config.arguments import engine_from_text, engine_url, without_password
 from gpulane.config.settings import EngineSettings, GpuSettings, Settings
 from gpulane.errors import ConfigError
 
@@ -76,9 +76,8 @@ def check_settings(settings: Settings, *, source: str = "settings") -> Settings:
         except ValueError as error:
             raise ConfigError(f"{source}: trusted_proxies: {proxy!r} is no address or network") from error
     if not (settings.store in {"sqlite", "memory"} or settings.store.startswith(("redis://", "rediss://"))):
-        raise ConfigError(
-            f"{source}: store: write sqlite, memory or redis://HOST:PORT/DB, not {settings.store!r}"
-        )
+        shown = without_password(settings.store)
+        raise ConfigError(f"{source}: store: write sqlite, memory or redis://HOST:PORT/DB, not {shown!r}")
     return msgspec.structs.replace(settings, gpus=gpus)
 
 
@@ -144,7 +143,8 @@ def _listen_is_safe(setting: str, address: str, settings: Settings, source: str)
     if not is_loopback(host) and not settings.keys and not settings.allow_anonymous:
         raise ConfigError(
             f"{source}: {setting}: {address} can be reached from other machines, and there are no keys: "
-            "add keys (`gpulane key new`), or listen on 127.0.0.1, or say --allow-anonymous to serve everybody"
+            "add keys (`gpulane key new`), or listen on 127.0.0.1, "
+            "or say --allow-anonymous to serve everybody"
         )
 
 

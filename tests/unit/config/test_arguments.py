@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpulane.config import EngineSettings, gpus_from_arguments
+from gpulane.config import EngineSettings, gpus_from_arguments, parse_settings
 from gpulane.config.arguments import engine_from_text, engine_url
 from gpulane.errors import ConfigError
 
@@ -46,7 +46,6 @@ def test_engine_forms(text: str, url: str, service: str | None) -> None:
         "box:",
         "http://",
         "http://box:0",
-        "http://u:p@box:1",
         "http://box:1?x",
     ],
 )
@@ -54,6 +53,32 @@ def test_what_is_no_engine_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         engine_url(text)
     assert "is no engine" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://me:SECRET@box:1",
+        "https://me:SECRET@box/sd",
+        "http://me:a/SECRET@box:1",
+        "http://me:a@SECRET@box:1",
+        "me:SECRET@box:8188",
+        "comfyui:me:SECRET@box:8188",
+        "http:http://me:SECRET@box:1/v1",
+        "http://SECRET@box:1",
+        "SECRET@box:1",
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_never_shown(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        engine_from_text(text)
+    assert "password" in caught.value.message and "SECRET" not in caught.value.message
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(f"gpus: {{gpu0: {{engines: [{{url: {text!r}}}]}}}}")
+    assert "SECRET" not in caught.value.message
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(f"store: {text!r}")
+    assert "SECRET" not in caught.value.message
 
 
 @pytest.mark.parametrize("argument", ["+8188", "7860+", "7860++8188"])
