@@ -284,7 +284,17 @@ def _client(engine: Engine, settings: Settings) -> ServiceClient:
             pace = Pace(quiet_seconds=settings.probe.quiet_seconds)
             return A1111Client(engine.url, timeout_seconds=settings.probe.timeout_seconds, pace=pace)
         case Service.HTTP:
-            return HttpServiceClient(engine.url, timeout_seconds=settings.probe.timeout_seconds)
+            return HttpServiceClient(
+                engine.url,
+                name=engine.name,
+                probe_path=_probe_path(engine.url, settings),
+                timeout_seconds=settings.probe.timeout_seconds,
+            )
+
+
+def _probe_path(url: EngineUrl, settings: Settings) -> str:
+    engines = [engine for gpu in settings.gpus.values() for engine in gpu.engines]
+    return next(e.probe_path for e in engines if isinstance(e, EngineSettings) and e.url == url)
 
 
 async def _listen(

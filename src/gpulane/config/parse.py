@@ -19,6 +19,7 @@ from gpulane.errors import ConfigError
 
 PORT_MAX: Final = 65_535
 _UNKNOWN_FIELD = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$(?P<path>[^`]*)`)?")
+_PATH = re.compile(r"/[\x21-\x7e]*\Z")
 _GPU_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "ip6-localhost", "ip6-loopback"})
 
@@ -120,6 +121,8 @@ def _gpu(name: str, gpu: GpuSettings, source: str) -> GpuSettings:
 
 def _engine(engine: str | int | EngineSettings) -> EngineSettings:
     if isinstance(engine, EngineSettings):
+        if not _PATH.match(engine.probe_path):
+            raise ConfigError(f"probe_path: write a path such as /health, not {engine.probe_path!r}")
         return msgspec.structs.replace(engine, url=engine_url(engine.url))
     return engine_from_text(str(engine))
 

@@ -30,6 +30,8 @@ class EngineSettings(_Section, frozen=True):
     jobs: tuple[str, ...] = ()
     """For http engines: which requests need the gpu, as `METHOD /path` with * and **. Default: the usual LLM
     paths."""
+    probe_path: str = "/"
+    """For http engines: what is asked to see whether it lives; any answer below 500 will do."""
     listen: str | None = None
     """For http engines: an address of its own whose root is this engine."""
 

@@ -5,13 +5,15 @@ Nothing is looked into but the model that a body names; streamed answers pass as
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aiohttp import web
 
 from gpulane.adapters.base import Route
 from gpulane.adapters.http.requests import recognize
 from gpulane.adapters.http.routes import DEFAULT_JOBS, classify
 from gpulane.config import EngineSettings, Settings
-from gpulane.core.model import EngineState, GpuState, Service
+from gpulane.core.model import EngineState, Service
 from gpulane.errors import NotFound, NotPermitted, Unavailable
 from gpulane.web.bodies import MIB, read_body, suggestion, understood
 from gpulane.web.held import hold, serve_held
@@ -58,33 +60,31 @@ class HttpFront:
         settings = self._context.settings
         body = await read_body(request, int(settings.limits.body_mib * MIB), may_be_encoded=True)
         headers = tuple(request.headers.items())
-        recognized = await understood(body, lambda: recognize(request.method, target, headers, body))
+        found = await understood(body, lambda: recognize(request.method, target, headers, body))
+        # Which engine of that name it will be is decided when a gpu is free, not now.
+        recognized = replace(found, needs=found.needs | {f"http:{engine.name}"})
         new = new_job(
             self._context.new_job_id(),
             Service.HTTP,
             recognized,
             identity,
             attempts_max=settings.retry.attempts_max,
-            wishes=Wishes(held=True, engine=engine.url),
+            wishes=Wishes(held=True),
         )
         jobs = self._context.jobs
         return await serve_held(request, await hold(jobs, new, recognized.request), jobs)
 
     def _choose(self, name: str, identity: Identity) -> EngineView:
-        """Find the engine: of those with the name the one on an idle gpu, else the account's own. A lost one
-        is better than none: its jobs wait for it.
-        """
+        """Find the account's own engine of that name: it answers what is no job, and says what is one."""
         engines = self._context.engines.engines(Service.HTTP)
         names = sorted({engine.name for engine in engines})
         named = [engine for engine in engines if engine.name == name or (not name and len(names) == 1)]
         if not named:
             hint = suggestion(name[:80], names) if names else "The settings name none."
             raise NotFound(f"No http service {name[:80]!r}.", hint=hint, code="no_such_service")
+        # A lost one is better than none: its jobs wait for it.
         usable = [engine for engine in named if engine.state in _USABLE] or named
-        idle_gpus = {gpu.id for gpu in self._context.jobs.gpus() if gpu.state is GpuState.IDLE}
-        idle = [engine for engine in usable if engine.gpu in idle_gpus] or usable
-        # The same account comes back to the same engine: its prompt cache may be warm.
-        return idle[sum(identity.account.encode()) % len(idle)]
+        return usable[sum(identity.account.encode()) % len(usable)]
 
 
 def _unavailable(engine: EngineView) -> Unavailable:

@@ -49,7 +49,9 @@ def attempt(body: dict[str, Any], sink: Sink | None = None) -> AttemptContext:
 async def served(faults: Faults | None = None) -> AsyncIterator[tuple[SimHttpEngine, HttpServiceClient]]:
     card = Card(options=CardOptions(load_seconds={"tiny-llm": 0.02}))
     async with SimHttpEngine(card=card, faults=faults) as engine:
-        client = HttpServiceClient(EngineUrl(engine.url), timeout_seconds=2.0)
+        client = HttpServiceClient(
+            EngineUrl(engine.url), name="llm", probe_path="/health", timeout_seconds=2.0
+        )
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 yield engine, client
@@ -147,7 +149,7 @@ async def test_an_answer_that_cannot_be_kept_is_read_to_its_end(error: Exception
 async def test_what_it_says_of_itself() -> None:
     async with served() as (engine, client):
         description = await client.describe()
-        assert description.offers is None and b"tiny-llm" in description.documents["models"]
+        assert description.offers == {"http:llm"} and b"tiny-llm" in description.documents["models"]
         assert await client.find(JobId("x")) is Found.ABSENT
         engine.faults.fail_requests = 1
         with pytest.raises(EngineError, match="500"):

@@ -46,6 +46,7 @@ def test_empty_text_is_all_defaults() -> None:
         ("listen: 0.0.0.0:80", "--allow-anonymous"),
         ("listen_a1111: 0.0.0.0:80", "listen_a1111"),
         ("gpus: {a: {engines: [{url: '1', listen: '0.0.0.0:5'}]}}", "gpus.a: listen"),
+        ("gpus: {a: {engines: [{url: '1', probe_path: health}]}}", "write a path such as /health"),
         ("keys: [{account: x, sha256: abc}]", "64 hex digits"),
         ("trusted_proxies: [nowhere]", "is no address or network"),
         ("store: postgres", "write sqlite, memory or redis://"),

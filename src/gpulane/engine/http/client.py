@@ -55,17 +55,19 @@ class HttpServiceClient:
         url: EngineUrl,
         wire: EngineClient | None = None,
         *,
+        name: str = "",
         probe_path: str = "/",
         timeout_seconds: float = 10.0,
         poll_seconds: float = POLL_SECONDS,
         silent_seconds_max: float = SILENT_SECONDS_MAX,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`wire`: the connections that jobs go over, by default their own."""
+        """`name`: which requests are for it (`/svc/NAME/`). `wire`: the connections that jobs go over."""
         self._url = url
         self._own_wire = wire is None
         self._wire = wire or EngineClient(url, connections_max=JOB_CONNECTIONS_MAX)
         self._calls = ControlCalls(url, timeout_seconds=timeout_seconds)
+        self._offers = frozenset({f"http:{name}"}) if name else None
         self._probe_path = probe_path
         self._poll_seconds = poll_seconds
         self._silent_seconds_max = silent_seconds_max
@@ -102,12 +104,17 @@ class HttpServiceClient:
         return self._running is None
 
     async def describe(self) -> Description:
-        """Fetch its list of models, where it has one; it is otherwise taken to do what it is asked for."""
+        """Fetch its list of models, where it has one. It offers its name: any engine of that name will do."""
         status, body = await self._calls.fetch("GET", MODELS)
         documents = {"models": body} if status == 200 and body.lstrip().startswith(b"{") else {}
         digest = hashlib.blake2b(documents.get("models", b""), digest_size=16).hexdigest()
         return Description(
-            service=Service.HTTP, flavor="http", version="", offers=None, documents=documents, digest=digest
+            service=Service.HTTP,
+            flavor="http",
+            version="",
+            offers=self._offers,
+            documents=documents,
+            digest=digest,
         )
 
     async def canary(self) -> bool:
