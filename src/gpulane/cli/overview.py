@@ -55,9 +55,15 @@ class Snapshot:
         return self.names.get(account, account)
 
 
-def overview(snapshot: Snapshot, *footer: RenderableType, waiting_shown: int = WAITING_SHOWN) -> Group:
-    """Draw everything."""
-    return Group(_gpu_table(snapshot), Text(), _queue_table(snapshot, waiting_shown), Text(), *footer)
+def overview(
+    snapshot: Snapshot,
+    *footer: RenderableType,
+    waiting_shown: int = WAITING_SHOWN,
+    keeps_height: bool = True,
+) -> Group:
+    """Draw everything. `keeps_height`: also rows that nobody waits in, for a picture drawn over and over."""
+    queue = _queue_table(snapshot, waiting_shown, keeps_height=keeps_height)
+    return Group(_gpu_table(snapshot), Text(), queue, Text(), *footer)
 
 
 def plain_overview(snapshot: Snapshot) -> str:
@@ -116,7 +122,7 @@ def _bar(job: Job | None, gpu: Gpu) -> RenderableType:
     return line
 
 
-def _queue_table(snapshot: Snapshot, shown: int) -> Table:
+def _queue_table(snapshot: Snapshot, shown: int, *, keeps_height: bool) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, expand=True)
     table.add_column("#", justify="right", min_width=3)
     table.add_column("USER", no_wrap=True, overflow="ellipsis")
@@ -132,8 +138,7 @@ def _queue_table(snapshot: Snapshot, shown: int) -> Table:
             Text(_model(job.model)),
             Text(job.reason.text if job.reason else "", style="dim"),
         )
-    # So that the picture keeps its height while it is drawn over and over.
-    for _ in range(shown - len(waiting)):
+    for _ in range(shown - len(waiting) if keeps_height else 0):
         table.add_row()
     more = max(snapshot.queue.waiting, len(waiting)) - shown
     words = f"and {more} more" if more > 0 else "nothing waits" if not waiting else ""

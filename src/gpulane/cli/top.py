@@ -10,9 +10,13 @@ import click
 from gpulane.cli.api import ApiClient, gateway_options
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from gpulane.cli.overview import Snapshot
 
 DRAWN_SECONDS = 0.5
+ROWS_BESIDE = 7
+"""Of the screen, beside a row per GPU and per waiting job."""
 
 
 @click.command()
@@ -24,21 +28,21 @@ def top(*, api: ApiClient, once: bool) -> None:
     from rich.text import Text
 
     from gpulane.cli.output import console, is_terminal
-    from gpulane.cli.overview import overview
+    from gpulane.cli.overview import WAITING_SHOWN, overview
 
-    def picture(snapshot: Snapshot) -> object:
-        queue = snapshot.queue
-        return overview(
-            snapshot, Text(f"{queue.running} running, {queue.waiting} waiting    {api.url}", style="dim")
-        )
+    def picture(*, is_live: bool) -> Group:
+        snapshot = _snapshot(api)
+        counts = f"{snapshot.queue.running} running, {snapshot.queue.waiting} waiting    {api.url}"
+        rows = max(3, console().height - len(snapshot.gpus) - ROWS_BESIDE) if is_live else WAITING_SHOWN
+        return overview(snapshot, Text(counts, style="dim"), waiting_shown=rows, keeps_height=is_live)
 
     if once or not is_terminal():
-        console().print(picture(_snapshot(api)))
+        console().print(picture(is_live=False))
         return
-    with Live(picture(_snapshot(api)), console=console(), auto_refresh=False, screen=True) as live:  # type: ignore[arg-type]
+    with Live(picture(is_live=True), console=console(), auto_refresh=False, screen=True) as live:
         try:
             while True:
-                live.update(picture(_snapshot(api)), refresh=True)  # type: ignore[arg-type]
+                live.update(picture(is_live=True), refresh=True)
                 time.sleep(DRAWN_SECONDS)
         except KeyboardInterrupt:
             return

@@ -108,12 +108,7 @@ def seeds_from(text: str | None) -> tuple[int | None, ...]:
         if not found:
             raise ConfigError(f"--seeds {text!r}: write for instance 5, 1..5 or 3,7,9..11")
         first, last = int(found[1]), int(found[2] or found[1])
-        if (
-            last > SEED_MAX
-            or last < first
-            or last - first >= SEEDS_MAX
-            or len(seeds) + last - first >= SEEDS_MAX
-        ):
+        if not first <= last <= SEED_MAX or len(seeds) + last - first >= SEEDS_MAX:
             raise ConfigError(f"--seeds {text!r}: from low to high, at most {SEEDS_MAX} of 64 bits")
         seeds.extend(range(first, last + 1))
     return tuple(seeds)
