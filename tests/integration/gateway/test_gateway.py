@@ -6,6 +6,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+
 from tests.integration.gateway.small_fleet import Client, picture, slow, small_fleet, until
 
 pytestmark = pytest.mark.anyio
@@ -38,6 +39,17 @@ async def test_a_cancelled_waiting_job_never_runs(tmp_path: Path) -> None:
         assert (await client.ended(second))["state"] == "cancelled"
         assert (await client.ended(first))["state"] == "succeeded"
     assert list(fleet.computed()) == [first]
+
+
+async def test_of_several_prompts_put_to_the_front_the_last_goes_first(tmp_path: Path) -> None:
+    async with small_fleet(tmp_path) as fleet, fleet.gateway() as client:
+        running = await client.prompt(slow(steps=40, seed=1))
+        await until(lambda: client.is_running(running))
+        plain = await client.prompt(slow(steps=1, seed=2))
+        fronts = [await client.prompt(slow(steps=1, seed=seed), front=True) for seed in (3, 4, 5)]
+        ended = [await client.ended(job) for job in (running, *reversed(fronts), plain)]
+        started = [job["started_at"] for job in ended]
+    assert started == sorted(started)
 
 
 async def test_a_cancelled_running_job_is_interrupted_and_the_gpu_goes_on(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class ComfyUIFront:
         index = FileIndex(context.jobs, own)
         self._files = Files(context.jobs, context.engines, index, self._lists, context.data_folder)
         self._orders = Orders(context.jobs, own, self._live, self._archive)
-        self._submission = Submission(context, self._lists, self._live)
+        self._submission = Submission(context, own, self._lists, self._live)
         self._relay = RelayTo(context)
         self._beside: set[asyncio.Task[None]] = set()
         self._events = Events(

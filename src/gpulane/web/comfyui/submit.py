@@ -11,14 +11,14 @@ from aiohttp import web
 from gpulane.adapters.base import Recognized
 from gpulane.adapters.comfyui.prompt import PromptLimits, graph_of, parse_prompt, read_meta
 from gpulane.adapters.comfyui.refusals import PromptRefused, impossible_answer
-from gpulane.core.model import Job, JobId, Service
+from gpulane.core.model import WAITING, Job, JobId, Service
 from gpulane.errors import Conflict, Impossible, TooLarge, Unavailable
 from gpulane.store.base import Code, JobRecord, NewJob, Reply
 from gpulane.web.bodies import MIB, read_body, understood
 from gpulane.web.comfyui.answers import json_answer, require_user, too_large
 from gpulane.web.comfyui.lists import Lists
 from gpulane.web.comfyui.live import LiveJobs
-from gpulane.web.comfyui.own import number_of, shown_id
+from gpulane.web.comfyui.own import OwnJobs, number_of, shown_id
 from gpulane.web.patience import finished
 from gpulane.web.ports import Identity, WebContext
 
@@ -26,8 +26,9 @@ from gpulane.web.ports import Identity, WebContext
 class Submission:
     """Takes prompts."""
 
-    def __init__(self, context: WebContext, lists: Lists, live: LiveJobs) -> None:
+    def __init__(self, context: WebContext, own: OwnJobs, lists: Lists, live: LiveJobs) -> None:
         self._context = context
+        self._own = own
         self._lists = lists
         self._live = live
 
@@ -47,7 +48,8 @@ class Submission:
         limits, combos = PromptLimits(body_bytes_max=bytes_max), self._lists.combos()
         recognized = await understood(body, lambda: parse_prompt(body, job=job, limits=limits, combos=combos))
         try:
-            record = await self._enqueue(self._new_job(job, recognized, identity), recognized)
+            new = self._new_job(job, recognized, identity, await self._priority(recognized, identity))
+            record = await self._enqueue(new, recognized)
         except Impossible as impossible:
             missing, why = self._lists.missing(recognized.needs), impossible
             sent = recognized.request.body
@@ -64,7 +66,16 @@ class Submission:
         }
         return json_answer(answer)
 
-    def _new_job(self, job: JobId, recognized: Recognized, identity: Identity) -> NewJob:
+    async def _priority(self, recognized: Recognized, identity: Identity) -> int:
+        """Put what is to go first before the account's others that were to go first, as ComfyUI does."""
+        wanted = read_meta(recognized.meta).priority
+        if wanted <= 0:
+            return wanted
+        known = await self._own.unended(identity.account)
+        first = max((record.job.priority for record in known if record.state in WAITING), default=0)
+        return max(first, 0) + 1
+
+    def _new_job(self, job: JobId, recognized: Recognized, identity: Identity, priority: int) -> NewJob:
         return NewJob(
             job=Job(
                 id=job,
@@ -75,7 +86,7 @@ class Submission:
                 signature=recognized.signature,
                 work=recognized.work,
                 needs=recognized.needs,
-                priority=read_meta(recognized.meta).priority,
+                priority=priority,
                 weight=identity.weight,
                 max_attempts=self._context.settings.retry.attempts_max,
             ),
