@@ -54,8 +54,8 @@ from gpulane.wire.client import EngineClient
 
 GIB: Final = 1024**3
 SWITCH_SECONDS: Final = 0.001
-"""How long one thread may keep the interpreter while another waits: the store's thread is on every job's way, and
-Python's 5 ms would be the largest part of the gap between two jobs."""
+"""How long one thread may keep the interpreter while another waits: the store's thread is on every job's way,
+and Python's 5 ms would be the largest part of the gap between two jobs."""
 ENGINE_CONNECTIONS_MAX: Final = 512
 """A slow download holds a connection while it streams; slow readers must not keep others from the engine."""
 SHUTDOWN_SECONDS: Final = 5.0

@@ -1,4 +1,4 @@
-"""Several `http` engines of one NAME behind the whole gateway: the one that is free first takes the next job."""
+"""Several `http` engines of one NAME behind the whole gateway: the first that is free takes the next job."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def serving(folder: Path, names: tuple[str, ...]) -> AsyncIterator[tuple[C
 
 
 async def chat(client: Client, name: str, tokens: int = 1) -> int:
-    body = {"model": "tiny-llm", "messages": [], "max_tokens": tokens}
+    body: dict[str, object] = {"model": "tiny-llm", "messages": [], "max_tokens": tokens}
     status, _ = await client.post(f"/svc/{name}/v1/chat/completions", body)
     return status
 
