@@ -12,7 +12,21 @@ from PIL import Image
 from tests.drive.comfyui_flows import new_seed
 from tests.drive.ground import Answer, Client, Ground, Skipped, until
 
-LISTS = ["sd-models", "samplers", "schedulers", "upscalers", "latent-upscale-modes", "hypernetworks", "face-restorers", "prompt-styles", "embeddings", "scripts", "script-info", "sd-vae", "loras"]
+LISTS = [
+    "sd-models",
+    "samplers",
+    "schedulers",
+    "upscalers",
+    "latent-upscale-modes",
+    "hypernetworks",
+    "face-restorers",
+    "prompt-styles",
+    "embeddings",
+    "scripts",
+    "script-info",
+    "sd-vae",
+    "loras",
+]
 
 
 async def txt2img(ground: Ground) -> str:
@@ -62,10 +76,10 @@ async def own_options(ground: Ground) -> str:
     kept = (await ground.alice.get("/sdapi/v1/options")).ok().json
     models = (await ground.alice.get("/sdapi/v1/sd-models")).ok().json
     chosen = models[-1]["title"]
-    wanted = {"CLIP_stop_at_last_layers": 2, "sd_model_checkpoint": chosen}
+    wanted = {"eta_noise_seed_delta": 31337, "sd_model_checkpoint": chosen}
     (await ground.alice.post("/sdapi/v1/options", wanted)).ok()
     mine, theirs = [(await who.get("/sdapi/v1/options")).ok().json for who in (ground.alice, ground.bob)]
-    assert mine["CLIP_stop_at_last_layers"] == 2 and mine["sd_model_checkpoint"] == chosen, "not kept"
+    assert mine["eta_noise_seed_delta"] == 31337 and mine["sd_model_checkpoint"] == chosen, "not kept"
     assert theirs == kept, "another account sees it"
     answer = (await ground.alice.post("/sdapi/v1/txt2img", ground.pictures.small(seed=5))).ok().json
     name = json.loads(answer["info"])["sd_model_name"]

@@ -12,6 +12,8 @@ from tests.drive.ground import Answer, Client, Ground, Skipped, until
 from tests.drive.workload import Workflow, empty, inverted, save
 
 ENDINGS = ("execution_success", "end")
+SAME_TYPES = {"invalid_prompt": "missing_node_type"}
+"""Older ComfyUIs call a node that is not there by another name."""
 
 
 async def one_prompt(ground: Ground) -> str:
@@ -178,7 +180,7 @@ async def upload(ground: Ground) -> str:
     await ground.alice.succeeded(job)
     entry = (await ground.alice.get(f"/history/{job}")).ok().json[job]
     made = Image.open(io.BytesIO((await ground.alice.get("/view", **pictures(entry)[0])).ok().body))
-    assert made.size == (48, 32) and made.convert("RGB").getpixel((5, 5)) == (245, 55, 165), made
+    assert made.size == (48, 32) and is_near(made, (245, 55, 165)), "another picture"
     seen = (await ground.alice.get("/view", filename=name, type="input")).ok().body
     assert seen == content.getvalue(), "the upload came back with other bytes"
     return "uploaded to every engine, inverted picture as it must be"
@@ -251,6 +253,17 @@ def linked(page: bytes) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def is_near(picture: Image.Image, color: tuple[int, int, int]) -> bool:
+    """Whether a plain picture has this color; engines cut fractions off."""
+    extrema = picture.convert("RGB").getextrema()
+    return all(
+        abs(value - wanted) <= 2
+        for band, wanted in zip(extrema, color, strict=True)
+        if isinstance(band, tuple)
+        for value in band
+    )
+
+
 def pictures(entry: Any) -> list[dict[str, str]]:
     found = [
         {"filename": image["filename"], "subfolder": image["subfolder"], "type": image["type"]}
@@ -279,7 +292,8 @@ def told(answer: Answer) -> tuple[int, str]:
         error = answer.json.get("error")
     except AssertionError:
         error = None
-    return answer.status, error.get("type", "") if isinstance(error, dict) else ""  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    kind = str(error.get("type", "")) if isinstance(error, dict) else ""  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    return answer.status, SAME_TYPES.get(kind, kind)
 
 
 async def histories_with(ground: Ground, prompt_id: str) -> int:

@@ -141,6 +141,27 @@ def _add_options(definition: object, other: object) -> None:
         options.extend(option for option in more if msgspec.json.encode(option) not in known)
 
 
+FILE_CLASSES = ("LoadImage", "LoadImageMask")
+"""ComfyUI's own nodes that list the pictures of its input folder, sorted by name."""
+
+
+def with_files(document: bytes, names: Iterable[str]) -> bytes:
+    """Add pictures to the lists of the nodes that load them."""
+    names = list(names)
+    if not names:
+        return document
+    nodes = msgspec.json.decode(document, type=dict[str, msgspec.Raw])
+    for kind in FILE_CLASSES:
+        node = as_dict(msgspec.json.decode(nodes[kind])) if kind in nodes else {}
+        inputs = as_dict(as_dict(node.get("input")).get("required"))
+        files = options_of(inputs.get("image"))
+        if files is not None:
+            known = [name for name in files if isinstance(name, str)]
+            files[:] = sorted({*known, *names})
+            nodes[kind] = msgspec.Raw(msgspec.json.encode(node))
+    return msgspec.json.encode(nodes)
+
+
 def object_info_of(document: bytes, name: str) -> bytes:
     """Answer /object_info/{class} from a whole document: `{}` for an unknown class, as the engine does."""
     raw = msgspec.json.decode(document, type=dict[str, msgspec.Raw]).get(name)

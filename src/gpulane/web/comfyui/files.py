@@ -199,6 +199,8 @@ class Files:
         except msgspec.DecodeError:
             return  # a refusal
         self._uploaded[account, view_target(said.name, said.subfolder, said.type)] = None
+        if said.type == "input" and not said.subfolder:
+            self._lists.note_upload(said.name)
         while len(self._uploaded) > KNOWN_MAX:
             self._uploaded.popitem(last=False)
 

@@ -12,7 +12,13 @@ from typing import Final, cast
 
 import msgspec
 
-from gpulane.adapters.comfyui.catalog import Combos, merge_object_info, object_info_of, read_catalog
+from gpulane.adapters.comfyui.catalog import (
+    Combos,
+    merge_object_info,
+    object_info_of,
+    read_catalog,
+    with_files,
+)
 from gpulane.core.model import EngineState, Service
 from gpulane.errors import EngineError
 from gpulane.web.ports import EnginesPort, EngineView
@@ -24,6 +30,8 @@ ASK_TIMEOUTS: Final = Timeouts(first_byte_seconds=5.0)
 KEEP_SECONDS: Final = 2.0
 """A page that opens asks for the same lists many times at once."""
 KEPT_MAX: Final = 64
+UPLOADS_MAX: Final = 1_000
+"""Uploads that are shown before the engines are described anew; the oldest goes first."""
 
 UPLOAD_BYTES_MAX: Final = 100 * 1024 * 1024
 """ComfyUI's own limit, told as a feature."""
@@ -44,6 +52,7 @@ class Lists:
         self._merged: tuple[tuple[str, ...], bytes] = ((), b"{}")
         self._catalogs: dict[str, tuple[Combos, frozenset[str]]] = {}
         self._kept: dict[str, tuple[float, list[bytes]]] = {}
+        self._uploads: dict[str, None] = {}
 
     def live(self) -> tuple[EngineView, ...]:
         """List the ComfyUI engines that answer."""
@@ -62,8 +71,17 @@ class Lists:
         digests = tuple(digest for digest, _ in described)
         if digests != self._merged[0]:
             documents = list(dict(described).values())
-            self._merged = (digests, merge_object_info(documents) if documents else b"{}")
+            merged = merge_object_info(documents) if documents else b"{}"
+            self._merged = (digests, with_files(merged, self._uploads))
         return self._merged[1]
+
+    def note_upload(self, name: str) -> None:
+        """Show a new file of the input folder, which the engines' descriptions do not name yet."""
+        self._uploads.pop(name, None)
+        self._uploads[name] = None
+        while len(self._uploads) > UPLOADS_MAX:
+            del self._uploads[next(iter(self._uploads))]
+        self._merged = ((), b"{}")
 
     def object_info_of(self, name: str) -> bytes:
         return object_info_of(self.object_info(), name)

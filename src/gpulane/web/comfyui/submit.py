@@ -16,6 +16,7 @@ from gpulane.errors import Conflict, Impossible, TooLarge, Unavailable
 from gpulane.store.base import Code, JobRecord, NewJob, Reply
 from gpulane.web.bodies import MIB, read_body, understood
 from gpulane.web.comfyui.answers import json_answer, require_user, too_large
+from gpulane.web.comfyui.checks import Checks
 from gpulane.web.comfyui.lists import Lists
 from gpulane.web.comfyui.live import LiveJobs
 from gpulane.web.comfyui.own import OwnJobs, number_of, shown_id
@@ -31,6 +32,7 @@ class Submission:
         self._own = own
         self._lists = lists
         self._live = live
+        self._checks = Checks(lists, context.engines)
 
     async def submit(self, request: web.Request, identity: Identity) -> web.Response:
         """Answer POST /prompt. Raises ClientError, which the application writes in ComfyUI's shape."""
@@ -47,6 +49,9 @@ class Submission:
         job = self._context.new_job_id()
         limits, combos = PromptLimits(body_bytes_max=bytes_max), self._lists.combos()
         recognized = await understood(body, lambda: parse_prompt(body, job=job, limits=limits, combos=combos))
+        verdict = await self._checks.verdict(recognized.request.body, combos)
+        if verdict is not None and verdict.error is not None:
+            return json_answer({"error": verdict.error, "node_errors": verdict.node_errors}, 400)
         try:
             new = self._new_job(job, recognized, identity, await self._priority(recognized, identity))
             record = await self._enqueue(new, recognized)
@@ -62,7 +67,7 @@ class Submission:
         answer: dict[str, object] = {
             "prompt_id": shown_id(record),
             "number": number_of(record),
-            "node_errors": {},
+            "node_errors": verdict.node_errors if verdict is not None else {},
         }
         return json_answer(answer)
 
