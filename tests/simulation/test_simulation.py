@@ -1,4 +1,4 @@
-"""The core under seeded faults in virtual time: everything ends once, nothing leaks, a seed repeats exactly."""
+"""The core under seeded faults in virtual time: all ends once, nothing leaks, a seed repeats exactly."""
 
 from __future__ import annotations
 

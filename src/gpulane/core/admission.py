@@ -104,7 +104,7 @@ def nearest_names(book: Book, key: ClassKey) -> tuple[str, ...]:
 
 
 def closest(name: str, names: list[str]) -> list[str]:
-    """Compares without case and file ending: `Euler A` is close to `euler a`, one `.safetensors` not to all."""
+    """Compares without case and file ending: `Euler A` is near `euler a`, one `.safetensors` not to all."""
     by_stem = {stem(other): other for other in names}
     return [by_stem[near] for near in difflib.get_close_matches(stem(name), by_stem, NEAREST_MAX)]
 

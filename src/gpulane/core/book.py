@@ -467,9 +467,9 @@ class Book:
             facts.proposal = None
             return
         entry = self.waiting.entries.get(facts.proposal.jobs[0])
-        if entry is None or not entry.offered:
+        if entry is None or entry.claim is not None:
             return
-        self.waiting.withdraw(entry)
+        self.waiting.set_aside(entry)
         entry.claim = facts.gpu.id
         tab = self.waiting.tab(entry.job.band, entry.job.account)
         seconds = self.service_seconds(entry.job, facts.gpu.id)

@@ -193,20 +193,21 @@ class Waiting:
 
     def rest(self, entry: WaitingEntry, until: Seconds, now: Seconds) -> None:
         """Moves the time from which a job is offered; one being claimed keeps to it if the claim is lost."""
-        if entry.offered:
-            self.withdraw(entry)
-        elif entry.claim is None:
-            self._stop_resting(entry)
+        self.set_aside(entry)
         entry.not_before = until
         if entry.claim is None:
             self.rest_or_offer(entry, now)
 
-    def remove(self, job: JobId) -> WaitingEntry:
-        entry = self.entries.pop(job)
+    def set_aside(self, entry: WaitingEntry) -> None:
+        """Takes a job out of offer or rest; one being claimed is in neither."""
         if entry.offered:
             self.withdraw(entry)
         else:
             self._stop_resting(entry)
+
+    def remove(self, job: JobId) -> WaitingEntry:
+        entry = self.entries.pop(job)
+        self.set_aside(entry)
         entry.group.members -= 1
         if entry.group.members == 0:
             del self.bands[entry.group.key.band].classes[entry.group.key]
