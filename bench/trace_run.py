@@ -282,7 +282,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--speed",
         type=float,
-        default=0.75,
+        default=0.7,
         help="of the cards, relative to the trace's: below 1 a queue builds up",
     )
     parser.add_argument(
