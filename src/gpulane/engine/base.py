@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -24,10 +24,15 @@ from gpulane.core.model import NO_MODEL, EngineUrl, Failure, Job, JobId, JobStat
 from gpulane.engine.progress import ProgressHub
 from gpulane.errors import EngineError
 
+REFUSED: Final = "connect_refused"
+"""Code of an EngineError: no process listens at the address."""
+UNREACHABLE: Final = "unreachable"
+"""Code of an EngineError: no connection came about, which proves nothing of the engine."""
+
 
 def is_refused(error: EngineError) -> bool:
-    """Tell whether the connection was refused: nobody listens there now. A connect that timed out proves nothing."""
-    return not error.sent and "timeout" not in error.code
+    """Tell whether the connection was refused: nobody listens there. An unreachable host may be at work."""
+    return error.code == REFUSED
 
 
 class AnswerSink(Protocol):

@@ -14,8 +14,17 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from gpulane.engine.base import REFUSED, UNREACHABLE
 from gpulane.errors import EngineError
-from gpulane.wire import ConnectFailed, ConnectTimeout, EngineClient, EngineTimeout, Timeouts, WireError
+from gpulane.wire import (
+    ConnectFailed,
+    ConnectRefused,
+    ConnectTimeout,
+    EngineClient,
+    EngineTimeout,
+    Timeouts,
+    WireError,
+)
 
 CONNECTIONS_MAX: Final = 8
 ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
@@ -85,10 +94,12 @@ class ControlCalls:
 
 
 def code_of(error: WireError) -> str:
-    """Name what a broken call proves: `connect_failed` alone says that no process listens there."""
+    """Name what a broken call proves: `connect_refused` alone says that no process listens there."""
     match error:
+        case ConnectRefused():
+            return REFUSED
         case ConnectFailed():
-            return "connect_failed"
+            return UNREACHABLE
         case ConnectTimeout() | EngineTimeout():
             return "timeout"
         case _:

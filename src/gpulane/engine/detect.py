@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from gpulane.core.model import EngineUrl, Service
+from gpulane.engine.base import REFUSED, UNREACHABLE
 from gpulane.engine.control import ControlCalls
 from gpulane.errors import EngineError
 
@@ -104,13 +105,16 @@ def _flavor(question: _Question, answers: list[dict[str, object] | EngineError |
 def _nothing(answers: list[dict[str, object] | EngineError], seconds_max: float) -> Detected:
     spoken = [answer for answer in answers if isinstance(answer, dict)]
     if any(answer.get("status") in {401, 403} for answer in spoken):
-        why = "it wants a login: write it as http://USER:PASSWORD@HOST:PORT"
+        why = "it wants a login, and gpulane has none to give: let it listen without one"
         return Detected(service=None, answers=True, why=why)
     if spoken:
         return Detected(service=None, answers=True, why="it speaks HTTP, but answers none of their API paths")
     errors = [answer for answer in answers if isinstance(answer, EngineError)]
-    if any(error.code == "connect_failed" for error in errors):
+    if any(error.code == REFUSED for error in errors):
         return Detected(service=None, why=f"connection refused: {errors[0].message}")
+    unreachable = [error for error in errors if error.code == UNREACHABLE]
+    if unreachable:
+        return Detected(service=None, why=unreachable[0].message)
     broken = [error for error in errors if error.code != "timeout"]
     if broken:
         return Detected(service=None, answers=True, why=f"it speaks no HTTP: {broken[0].message}")

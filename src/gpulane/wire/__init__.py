@@ -7,6 +7,7 @@ that the engine may have acted on.
 from gpulane.wire.client import EngineClient
 from gpulane.wire.errors import (
     ConnectFailed,
+    ConnectRefused,
     ConnectTimeout,
     EngineDisconnected,
     EngineTimeout,
@@ -22,6 +23,7 @@ from gpulane.wire.upgrade import UpgradedConnection
 
 __all__ = [
     "ConnectFailed",
+    "ConnectRefused",
     "ConnectTimeout",
     "EngineClient",
     "EngineDisconnected",

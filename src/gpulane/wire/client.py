@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterable, Sequence
 
 from gpulane.wire.connection import EngineConnection
-from gpulane.wire.errors import ConnectFailed, ConnectTimeout, EngineDisconnected
+from gpulane.wire.errors import ConnectFailed, ConnectRefused, ConnectTimeout, EngineDisconnected, is_refusal
 from gpulane.wire.exchange import Exchange, Timeouts
 from gpulane.wire.head import Framing, Origin, parse_origin, request_head
 from gpulane.wire.response import EngineResponse
@@ -185,7 +185,8 @@ class EngineClient:
         except TimeoutError:
             raise ConnectTimeout(f"no connection to {self._url} within {seconds:g} s") from None
         except OSError as error:
-            raise ConnectFailed(f"cannot connect to {self._url}: {error.strerror or error}") from error
+            kind = ConnectRefused if is_refusal(error) else ConnectFailed
+            raise kind(f"cannot connect to {self._url}: {error.strerror or error}") from error
         return connection
 
     def _put_back(self, connection: EngineConnection) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Literal, TypeAlias
 
 from gpulane.errors import EngineError
@@ -37,6 +38,22 @@ class ConnectFailed(WireError):
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message, sent=False)
+
+
+class ConnectRefused(ConnectFailed):
+    """Nobody listens at the engine's address: each of its addresses said so."""
+
+
+def is_refusal(error: OSError) -> bool:
+    """Tell whether no process listens there. A host or network that cannot be reached, or no room for another
+    connection here, proves nothing.
+    """
+    if isinstance(error, ConnectionRefusedError):
+        return True
+    # asyncio joins the errors of several addresses (localhost: ::1 and 127.0.0.1) into one text.
+    text = str(error)
+    refused = text.count(f"[Errno {errno.ECONNREFUSED}]")
+    return error.errno is None and refused > 0 and refused == text.count("[Errno ")
 
 
 class ConnectTimeout(WireError):

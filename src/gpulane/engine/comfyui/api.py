@@ -17,8 +17,10 @@ import msgspec
 
 from gpulane.adapters.comfyui.messages import QueueView, read_history, read_queue
 from gpulane.core.model import EngineUrl
+from gpulane.engine.base import REFUSED, UNREACHABLE
 from gpulane.engine.comfyui.timings import Timings
 from gpulane.errors import EngineError
+from gpulane.wire.errors import is_refusal
 
 ANSWER_BYTES_MAX = 256 * 1024 * 1024
 """/queue and /history repeat whole prompts, pictures inside them included."""
@@ -153,11 +155,11 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
 
 def _unconnected(name: str, error: aiohttp.ClientError | OSError) -> EngineError:
     """No byte was sent. Only a refusal proves that nobody listens; an unreachable host may be at work."""
-    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ConnectionRefusedError):
-        return EngineError(f"{name} refuses connections", sent=False)
-    unreachable = EngineError(f"{name} cannot be reached: {type(error).__name__}", sent=False)
-    unreachable.code = "connect_timeout"
-    return unreachable
+    is_refused = isinstance(error, aiohttp.ClientConnectorError) and is_refusal(error.os_error)
+    said = "refuses connections" if is_refused else f"cannot be reached: {type(error).__name__}"
+    unconnected = EngineError(f"{name} {said}", sent=False)
+    unconnected.code = REFUSED if is_refused else UNREACHABLE
+    return unconnected
 
 
 def _without_password(url: str) -> str:
