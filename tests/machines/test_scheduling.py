@@ -71,6 +71,7 @@ class Scheduling(Played):
                 entry = self.world.jobs[candidate.job]
                 assert entry.state == "waiting" and entry.not_before <= self.now and entry.claiming is None
                 assert not entry.away
+                assert candidate.despite_avoid == (start.gpu in entry.avoid)
                 assert candidate.engine in self.world.eligible(entry)[start.gpu]
 
     @invariant()

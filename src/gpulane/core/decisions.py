@@ -16,6 +16,8 @@ class Candidate:
     charge: Charge
     rule: str
     """The rule of docs/scheduling that chose it: `1` warm within slack, `2` first in fair order ..."""
+    despite_avoid: bool = False
+    """The job keeps away from this gpu, but no other could run it now: the store grants it all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

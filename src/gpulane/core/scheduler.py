@@ -43,7 +43,13 @@ class Choice:
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate(job=self.job, engine=self.engine, charge=self.charge, rule=self.rule)
+        return Candidate(
+            job=self.job,
+            engine=self.engine,
+            charge=self.charge,
+            rule=self.rule,
+            despite_avoid=self.facts.gpu.id in self.head[4].key.avoid,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from gpulane.core.events import (
+    AttemptFailed,
     ClaimProposed,
     EngineReady,
     GpuAdded,
+    GpuDrained,
     GpuOccupied,
     JobPrioritised,
     LoadMeasured,
     ModelSeen,
     QueuePaused,
 )
-from gpulane.core.model import NO_MODEL, Band, EngineUrl, GpuId, JobId, ModelKey, Service
+from gpulane.core.model import (
+    NO_MODEL,
+    Band,
+    EngineUrl,
+    Failure,
+    FailureKind,
+    GpuId,
+    JobId,
+    ModelKey,
+    Service,
+)
 from gpulane.core.policy import Policy
 from tests.unit.core.building import Desk, gpu
 
@@ -150,6 +162,28 @@ def test_needs_decide_who_may_run_where() -> None:
     assert desk.starts() == []
     desk.tell(EngineReady(engine=EngineUrl("http://g0:a1111"), offers=None))
     assert [s.gpu for s in desk.starts()] == ["node/g0"]
+
+
+def test_a_gpu_is_avoided_while_another_could_run_the_job() -> None:
+    desk = Desk()
+    desk.add(gpu("g0"), gpu("g1"))
+    desk.submit("j1")
+    start = desk.starts()[0]
+    desk.claim(start)
+    token = desk.book.active[JobId("j1")].token
+    failed = AttemptFailed(
+        n=desk.next_n,
+        job=JobId("j1"),
+        token=token,
+        failure=Failure(kind=FailureKind.NOT_STARTED, code="connect_failed", message="refused"),
+        avoid=frozenset({start.gpu}),
+        not_before_seconds=0.0,
+        account_f=0.0,
+    )
+    desk.tell(failed)
+    assert [(s.gpu, s.candidates[0].despite_avoid) for s in desk.starts()] == [("node/g1", False)]
+    desk.tell(GpuDrained(n=desk.next_n, gpu=GpuId("node/g1"), draining=True))
+    assert [(s.gpu, s.candidates[0].despite_avoid) for s in desk.starts()] == [("node/g0", True)]
 
 
 def test_charges_name_load_and_service() -> None:
