@@ -51,8 +51,10 @@ drive: setup-test ## the acceptance flows against real servers: make drive COMFY
 trace: setup-test ## real requests through the whole of it, with a report in docs/
 	@$(PYTHON) bench/trace_run.py $(ARGS)
 
-bench: setup-test ## the kept benchmarks, one after the other
-	@for file in bench/bench_*.py; do echo "== $$file"; $(PYTHON) $$file $(ARGS) || exit 1; done
+bench: setup-test ## the kept benchmarks, one after the other (about five minutes)
+	@for run in decide.py store.py gap.py "gap.py --gpus 2" "gap.py --idle 20" "gap.py --start 100000"; do \
+	  echo "== bench/$$run"; $(PYTHON) bench/$$run || exit 1; done
+
 
 setup-demo:
 	@scripts/setup.sh demo
