@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import secrets
 import signal
@@ -58,6 +59,7 @@ SWITCH_SECONDS: Final = 0.001
 and Python's 5 ms would be the largest part of the gap between two jobs."""
 ENGINE_CONNECTIONS_MAX: Final = 512
 """A slow download holds a connection while it streams; slow readers must not keep others from the engine."""
+BACKLOG: Final = 1024
 SHUTDOWN_SECONDS: Final = 5.0
 """How long answers may take to leave after everything has ended."""
 
@@ -71,6 +73,17 @@ class Running:
     gateway: Gateway
     addresses: dict[str, str]
     """Root URL by listener: `main`, `comfyui`, `a1111`, `http NAME`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Listener:
+    """An address to listen on."""
+
+    name: str
+    address: str
+    root: Service | str | None
+    """The service, or the http engine, whose root it is; None: everything."""
+    sockets: tuple[socket.socket, ...] = ()
 
 
 async def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
@@ -100,6 +113,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
     settings = _with_names(settings)
     data_folder = _data_folder(settings)
     async with contextlib.AsyncExitStack() as stack:
+        listeners = [_reserved(listener, stack) for listener in _listeners(settings)]
         store, node_store = _stores(settings, data_folder)
         try:
             await store.open()
@@ -140,7 +154,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             )
         )
         await stack.enter_async_context(gateway.running())
-        addresses = await _listen(settings, gateway, node_store, data_folder, stack)
+        addresses = await _listen(settings, listeners, gateway, node_store, data_folder, stack)
         yield Running(gateway=gateway, addresses=addresses)
 
 
@@ -299,6 +313,7 @@ def _probe_path(url: EngineUrl, settings: Settings) -> str:
 
 async def _listen(
     settings: Settings,
+    listeners: list[_Listener],
     gateway: Gateway,
     node_store: NodeStore,
     folder: Path,
@@ -320,39 +335,70 @@ async def _listen(
     for front in fronts.values():
         stack.push_async_callback(front.close)
     addresses: dict[str, str] = {}
-    for name, address, root in _listeners(settings):
-        app = build_app(context, fronts, root=root)
-        addresses[name] = await _bind(name, app, address, stack)
+    for listener in listeners:
+        app = build_app(context, fronts, root=listener.root)
+        addresses[listener.name] = await _serve_at(listener, app, stack)
     return addresses
 
 
-def _listeners(settings: Settings) -> list[tuple[str, str, Service | str | None]]:
-    listeners: list[tuple[str, str, Service | str | None]] = [("main", settings.listen, None)]
-    if settings.listen_comfyui:
-        listeners.append(("comfyui", settings.listen_comfyui, Service.COMFYUI))
-    if settings.listen_a1111:
-        listeners.append(("a1111", settings.listen_a1111, Service.A1111))
-    for gpu in settings.gpus.values():
-        for engine in gpu.engines:
-            if isinstance(engine, EngineSettings) and engine.listen:
-                listeners.append((f"http {engine.name}", engine.listen, engine.name))
-    return listeners
+def _listeners(settings: Settings) -> list[_Listener]:
+    named: list[tuple[str, str | None, Service | str | None]] = [
+        ("main", settings.listen, None),
+        ("comfyui", settings.listen_comfyui, Service.COMFYUI),
+        ("a1111", settings.listen_a1111, Service.A1111),
+        *(
+            (f"http {engine.name}", engine.listen, engine.name)
+            for gpu in settings.gpus.values()
+            for engine in gpu.engines
+            if isinstance(engine, EngineSettings)
+        ),
+    ]
+    return [_Listener(name=name, address=text, root=root) for name, text, root in named if text is not None]
 
 
-async def _bind(name: str, app: web.Application, address: str, stack: contextlib.AsyncExitStack) -> str:
-    host, port = listen_address(address)
+def _reserved(listener: _Listener, stack: contextlib.AsyncExitStack) -> _Listener:
+    """Take a listener's port before anything is started. Raises ConfigError."""
+    host, port = listen_address(listener.address)
+    sockets: list[socket.socket] = []
+    refused: OSError | None = None
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        places, refused = [], error
+    for family, kind, proto, _, place in places:
+        found = socket.socket(family, kind, proto)
+        stack.callback(found.close)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            found.bind((place[0], port, *place[2:]))
+            # Only this makes it ours: several may bind one port. Who connects now is heard later.
+            found.listen(BACKLOG)
+        except OSError as error:
+            # `localhost` is two addresses, of which a machine may have one.
+            refused = error if error.errno == errno.EADDRINUSE else refused or error
+            continue
+        sockets.append(found)
+        port = port or found.getsockname()[1]
+    if not sockets or (refused is not None and refused.errno == errno.EADDRINUSE):
+        raise _not_usable(listener, refused)
+    return replace(listener, sockets=tuple(sockets))
+
+
+def _not_usable(listener: _Listener, error: OSError | None) -> ConfigError:
+    setting = "listen" if listener.name == "main" else f"listen of {listener.name}"
+    why = error.strerror if error is not None and error.strerror else "no such address"
+    return ConfigError(
+        f"{setting}: {listener.address} cannot be used: {why}; choose another one with --listen"
+    )
+
+
+async def _serve_at(listener: _Listener, app: web.Application, stack: contextlib.AsyncExitStack) -> str:
     runner = make_runner(app, shutdown_seconds=SHUTDOWN_SECONDS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port, backlog=1024)
-    try:
-        await site.start()
-    except OSError as error:
-        why = error.strerror or str(error)
-        setting = "listen" if name == "main" else f"listen of {name}"
-        raise ConfigError(
-            f"{setting}: {address} cannot be used: {why}; choose another one with --listen"
-        ) from error
-    bound = runner.addresses[0]
-    shown_host = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-    return f"http://{shown_host}:{bound[1]}"
+    for reserved in listener.sockets:
+        await web.SockSite(runner, reserved, backlog=BACKLOG).start()
+    host, port = listener.sockets[0].getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

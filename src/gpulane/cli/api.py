@@ -5,23 +5,20 @@ One connection per call, limits on every wait, and errors that say which gateway
 
 from __future__ import annotations
 
-import functools
 import http.client
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
-import click
 import msgspec
 
 from gpulane.cli.documents import Refusal
 from gpulane.errors import ConfigError, GpulaneError
 
-DEFAULT_URL: Final = "http://127.0.0.1:8800"
 CALL_SECONDS: Final = 60.0
 STREAM_SILENCE_SECONDS: Final = 45.0
 """The gateway says something every 15 s on a stream."""
@@ -29,7 +26,6 @@ CHUNK_BYTES: Final = 256 * 1024
 LINE_BYTES_MAX: Final = 8 * 1024 * 1024
 """One line of a stream; a preview is a picture in base64."""
 Answer = TypeVar("Answer")
-Command = TypeVar("Command", bound=Callable[..., object])
 
 
 class ApiRefused(GpulaneError):
@@ -162,28 +158,6 @@ class ApiClient:
             raise NoGateway(
                 f"{self.url} answered, but not as a gpulane does: is it one?", hint=_hint()
             ) from error
-
-
-def gateway_options(command: Command) -> Command:
-    """Give a command --url and --key, as its argument `api`."""
-
-    @functools.wraps(command)
-    def with_client(*, url: str, key: str | None, **values: object) -> object:
-        return command(api=ApiClient(url, key), **values)
-
-    key_option = click.option("--key", envvar="GPULANE_KEY", help="API key.  [env var: GPULANE_KEY]")
-    url_option = click.option(
-        "--url",
-        envvar="GPULANE_URL",
-        default=DEFAULT_URL,
-        help=f"The gateway; {DEFAULT_URL} when not given.  [env var: GPULANE_URL]",
-    )
-    return url_option(key_option(with_client))  # type: ignore[return-value]  # the same name and options
-
-
-def job_path(job: str, *more: str) -> str:
-    """Return the path of a job."""
-    return "/".join(["/gpulane/v1/jobs", quote(job, safe=""), *more])
 
 
 def _split(url: str):  # noqa: ANN202 - urllib's own result

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from gpulane.cli.api import ApiClient, NoGateway, job_path
+from gpulane.cli.api import ApiClient, NoGateway
 from gpulane.cli.documents import Job, JobMessage, PositionMessage, ProgressMessage, StateMessage
+from gpulane.cli.options import job_path
 from gpulane.cli.output import console, is_terminal
 from gpulane.cli.tables import percent
 from gpulane.errors import GpulaneError

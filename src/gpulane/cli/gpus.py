@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import click
 
-from gpulane.cli.api import ApiClient, gateway_options
+from gpulane.cli.options import gateway_options, json_option
 
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the API's own answer.")
+if TYPE_CHECKING:
+    from gpulane.cli.api import ApiClient
 
 
 @click.command()
 @gateway_options
-@_AS_JSON
+@json_option
 def gpus(*, api: ApiClient, as_json: bool) -> None:
     """Show the GPUs with their engines."""
     from gpulane.cli.documents import GpuList
@@ -29,7 +31,7 @@ def gpus(*, api: ApiClient, as_json: bool) -> None:
 @click.command()
 @click.argument("gpu_names", nargs=-1, required=True, metavar="GPU...")
 @gateway_options
-@_AS_JSON
+@json_option
 def drain(*, api: ApiClient, gpu_names: tuple[str, ...], as_json: bool) -> None:
     """Let GPUs finish what runs and take nothing new, also after a restart.
 
@@ -41,7 +43,7 @@ def drain(*, api: ApiClient, gpu_names: tuple[str, ...], as_json: bool) -> None:
 @click.command()
 @click.argument("gpu_names", nargs=-1, required=True, metavar="GPU...")
 @gateway_options
-@_AS_JSON
+@json_option
 def resume(*, api: ApiClient, gpu_names: tuple[str, ...], as_json: bool) -> None:
     """Let drained GPUs take work again."""
     _each(api, gpu_names, "resume", as_json=as_json)
@@ -49,7 +51,7 @@ def resume(*, api: ApiClient, gpu_names: tuple[str, ...], as_json: bool) -> None
 
 @click.command()
 @gateway_options
-@_AS_JSON
+@json_option
 def pause(*, api: ApiClient, as_json: bool) -> None:
     """Start nothing more, also after a restart; what runs goes on, and jobs are still taken."""
     _switch(api, "pause", as_json=as_json)
@@ -57,7 +59,7 @@ def pause(*, api: ApiClient, as_json: bool) -> None:
 
 @click.command()
 @gateway_options
-@_AS_JSON
+@json_option
 def unpause(*, api: ApiClient, as_json: bool) -> None:
     """Start jobs again."""
     _switch(api, "unpause", as_json=as_json)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpulane.cli.api import ApiClient, gateway_options, job_path
+from gpulane.cli.options import gateway_options, job_path, json_option
 from gpulane.errors import GpulaneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the API's own answer.")
+    from gpulane.cli.api import ApiClient
+
 STATES = ("queued", "running", "waiting_retry", "succeeded", "failed", "cancelled")
 BANDS = ("interactive", "normal", "batch")
 LIMIT_MAX = 500
@@ -26,7 +27,7 @@ LIMIT_MAX = 500
 @click.option("--user", help="An account; operators see everybody's jobs.")
 @click.option("--service", type=click.Choice(["comfyui", "a1111", "http"]))
 @click.option("--limit", type=click.IntRange(1, LIMIT_MAX), default=20, show_default=True)
-@_AS_JSON
+@json_option
 def jobs(
     *,
     api: ApiClient,
@@ -53,7 +54,7 @@ def jobs(
 @click.command()
 @click.argument("job_id", metavar="ID")
 @gateway_options
-@_AS_JSON
+@json_option
 def job(*, api: ApiClient, job_id: str, as_json: bool) -> None:
     """Show all that is known of a job."""
     from gpulane.cli.documents import Job

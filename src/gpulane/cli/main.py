@@ -86,10 +86,8 @@ def _status(arguments: Sequence[str] | None) -> int:
         return _failed(error.format_message(), f"see {command} --help", WRONG_USE)
     except click.ClickException as error:
         return _failed(error.format_message(), None, WRONG_USE)
-    except ConfigError as error:
-        return _failed(error.message, error.hint, WRONG_USE)
-    except GpulaneError as error:
-        return _failed(error.message, error.hint, FAILED)
+    except (GpulaneError, BaseExceptionGroup) as error:
+        return _told(error)
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except OSError as error:
@@ -98,6 +96,19 @@ def _status(arguments: Sequence[str] | None) -> int:
         # Whoever read our output has enough (`| head`); Python would complain at its last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _told(error: GpulaneError | BaseExceptionGroup[BaseException]) -> int:
+    """Print an error; one that came out of a task group stands alone inside it."""
+    found: BaseException = error
+    while isinstance(found, BaseExceptionGroup):
+        first, *others = found.exceptions
+        if others:
+            break
+        found = first
+    if not isinstance(found, GpulaneError):
+        raise error
+    return _failed(found.message, found.hint, WRONG_USE if isinstance(found, ConfigError) else FAILED)
 
 
 def _failed(message: str, hint: str | None, status: int) -> int:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpulane.cli.api import ApiClient, gateway_options
 from gpulane.cli.jobs import BANDS
+from gpulane.cli.options import gateway_options
 from gpulane.errors import ConfigError, GpulaneError
 
 if TYPE_CHECKING:
+    from gpulane.cli.api import ApiClient
     from gpulane.cli.documents import Job
 
 STANDARD_INPUT = "-"

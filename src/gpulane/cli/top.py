@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpulane.cli.api import ApiClient, gateway_options
+from gpulane.cli.options import gateway_options
 
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from gpulane.cli.api import ApiClient
     from gpulane.cli.overview import Snapshot
 
 DRAWN_SECONDS = 0.5

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpulane.cli.api import ApiClient, gateway_options, job_path
+from gpulane.cli.options import gateway_options, job_path
 from gpulane.errors import ConfigError, GpulaneError
 
 if TYPE_CHECKING:
+    from gpulane.cli.api import ApiClient
     from gpulane.cli.documents import Artifact, Job
 
 _UNSAFE = re.compile(r"[^\w.()+-]+")

@@ -90,7 +90,10 @@ def test_wrong_seeds_are_refused(text: str) -> None:
 
 
 def test_a_seed_goes_into_every_number_called_so() -> None:
-    linked = {**WORKFLOW, "9": {"class_type": "X", "inputs": {"noise_seed": 4, "seed": ["3", 0]}}}
+    linked: dict[str, dict[str, object]] = {
+        **WORKFLOW,
+        "9": {"class_type": "X", "inputs": {"noise_seed": 4, "seed": ["3", 0]}},
+    }
     changed = with_seed(linked, 77)
     assert changed["3"]["inputs"]["seed"] == 77  # type: ignore[index]  # foreign data
     assert changed["9"]["inputs"] == {"noise_seed": 77, "seed": ["3", 0]}
