@@ -42,14 +42,20 @@ class Fleet:
     gpus: list[SimGpu] = field(default_factory=list[SimGpu])
 
     @contextlib.asynccontextmanager
-    async def gateway(self, more: str = "", *, wait_for: int | None = None) -> AsyncIterator["Client"]:
-        """Start a gateway over the same data folder; leaving the block stops it at once, as the second Ctrl-C does."""
+    async def gateway(
+        self, more: str = "", *, wait_for: int | None = None, key: str | None = None
+    ) -> AsyncIterator["Client"]:
+        """Start a gateway over the same data folder; leaving the block stops it as a second Ctrl-C does."""
         lines = [f"data: {self.folder / 'data'}", "listen: 127.0.0.1:0", "name: box", BRISK, more, "gpus:"]
         for number, gpu in enumerate(self.gpus):
             lines.append(
                 f"  gpu{number}: {{engines: ['{gpu.a1111.server.url}', '{gpu.comfyui.server.url}']}}"
             )
-        async with running(parse_settings("\n".join(lines))) as service, aiohttp.ClientSession() as http:
+        headers = {} if key is None else {"X-Api-Key": key}
+        async with (
+            running(parse_settings("\n".join(lines))) as service,
+            aiohttp.ClientSession(headers=headers) as http,
+        ):
             client = Client(service, http, service.addresses["main"])
             wanted = 2 * len(self.gpus) if wait_for is None else wait_for
 

@@ -223,14 +223,14 @@ def _unknown(kind: str, wanted: str, names: Iterable[str]) -> UnknownName:
 def _text(raw: msgspec.Raw | None) -> str | None:
     try:
         return None if raw is None else msgspec.json.decode(raw, type=str | None)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
 
 
 def _texts(raw: msgspec.Raw) -> list[str]:
     try:
         return msgspec.json.decode(raw, type=list[str] | None) or []
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return []
 
 

@@ -71,6 +71,6 @@ def _pictures(reader: Reader) -> list[msgspec.Raw]:
     for item in items:
         try:
             found.append(msgspec.json.decode(item, type=_File).data)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             continue
     return found

@@ -71,7 +71,7 @@ def read_queue(body: bytes) -> QueueView:
     """Read the answer of GET /queue. Raises msgspec.DecodeError when it is none."""
     try:
         queue = msgspec.json.decode(body, type=_Queue)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         queue = msgspec.json.decode(sound(body), type=_Queue)
     return QueueView(
         running=tuple(str(item.prompt_id) for item in queue.queue_running),
@@ -83,7 +83,7 @@ def read_history(body: bytes, job: str) -> msgspec.Raw | None:
     """Read the answer of GET /history/{id}: the entry, or None when there is none."""
     try:
         entry = msgspec.json.decode(body, type=dict[str, msgspec.Raw]).get(job)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         entry = msgspec.json.decode(sound(body), type=dict[str, msgspec.Raw]).get(job)
     return None if entry is None else entry.copy()
 
@@ -153,7 +153,7 @@ def read_message(raw: str | bytes) -> Message | None:
     try:
         try:
             envelope = _envelopes.decode(raw)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             envelope = _envelopes.decode(sound(raw.encode() if isinstance(raw, str) else raw))
         data = _datas.decode(envelope.data)
     except (msgspec.DecodeError, UnicodeError, RecursionError):

@@ -177,5 +177,5 @@ T = TypeVar("T")
 def _decoded(read: Callable[[], T], target: str) -> T:
     try:
         return read()
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineError(f"the answer to GET {target} is not ComfyUI's: {error}") from error

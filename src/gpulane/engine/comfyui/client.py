@@ -142,7 +142,7 @@ class ComfyUIClient:
     def _verdict(self, entry: msgspec.Raw) -> Verdict:
         try:
             return read_entry(entry).verdict
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise EngineError(f"the history of {self._api.name} cannot be read: {error}") from error
 
     # --- ordering
@@ -248,13 +248,13 @@ class ComfyUIClient:
 def _meta_of(attempt: AttemptContext) -> PromptMeta:
     try:
         return read_meta(attempt.meta)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return PromptMeta()  # of a job that was made without the front door
 
 
 def _node_errors(answer: Answer) -> msgspec.Raw | None:
     try:
         raw = msgspec.json.decode(answer.body, type=dict[str, msgspec.Raw]).get("node_errors")
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return None if raw is None or bytes(raw) in {b"{}", b"null", b"[]"} else raw.copy()

@@ -34,7 +34,7 @@ async def describe(api: EngineApi) -> Description:
     try:
         catalog = await asyncio.to_thread(read_catalog, documents["object_info"])
         system = as_dict(as_dict(msgspec.json.decode(documents["system_stats"])).get("system"))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineError(f"{api.name} is no ComfyUI: {error}") from error
     for name in ("features", "embeddings", "models"):
         documents |= await _optional(api, name)
@@ -60,7 +60,7 @@ async def _model_lists(api: EngineApi, models: bytes) -> dict[str, bytes]:
     """Fetch /models/{folder} for each folder, as `models/NAME`."""
     try:
         folders = [name for name in as_list(msgspec.json.decode(models)) if isinstance(name, str)]
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
     limit = asyncio.Semaphore(AT_ONCE_MAX)
     lists: dict[str, bytes] = {}
@@ -84,7 +84,7 @@ def read_vram(system_stats: bytes) -> Vram:
     """Read the first device of /system_stats; the engine tells of its current one only."""
     try:
         devices = as_list(as_dict(msgspec.json.decode(system_stats)).get("devices"))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         devices = []
     device = as_dict(devices[0]) if devices else {}
     free, total = device.get("vram_free"), device.get("vram_total")

@@ -124,7 +124,7 @@ def _result(
 def _error_of(answer: Answer) -> dict[str, object]:
     try:
         return as_dict(as_dict(msgspec.json.decode(answer.body)).get("error"))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
 
 
@@ -144,7 +144,7 @@ def _text(answer: Answer) -> str:
 def _document(body: bytes) -> msgspec.Raw:
     try:
         msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         text = body[:TEXT_CHARS_MAX].decode(errors="replace")
         error: dict[str, object] = {"type": "engine_error", "message": text, "details": "", "extra_info": {}}
         return msgspec.Raw(msgspec.json.encode({"error": error, "node_errors": {}}))

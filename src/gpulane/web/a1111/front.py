@@ -164,7 +164,7 @@ class A1111Front:
             return json_bytes(NOT_FOUND, status)
         try:
             return json_bytes(without_secrets(body), status)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise Unavailable("The engine does not tell its flags.", code="no_flags") from error
 
     # --- progress
@@ -228,6 +228,6 @@ class A1111Front:
 def _task_query(body: bytes) -> progress.TaskQuery:
     try:
         return msgspec.json.decode(body, type=progress.TaskQuery)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         problem = Problem(loc=("body",), msg=str(error), type="value_error.jsondecode")
         raise Invalid(problem) from error

@@ -93,5 +93,5 @@ def read_functions(config: bytes, *, app_id: bytes | None, now: float) -> Functi
         return Functions(
             app_id=app_id, passing=passed, silent=frozenset(silent) - gpu_functions(config), read_at=now
         )
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return Functions(app_id=app_id, read_at=now)

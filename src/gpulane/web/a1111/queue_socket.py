@@ -215,7 +215,7 @@ async def _receive_text(socket: web.WebSocketResponse, seconds: float) -> str:
 def _hash(text: str) -> _Hash | None:
     try:
         return msgspec.json.decode(text, type=_Hash)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
 
 
@@ -224,5 +224,5 @@ def _task_of(text: str) -> str | None:
     try:
         data = msgspec.json.decode(text, type=_Data).data
         return msgspec.json.decode(data[0], type=str) if data else None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None

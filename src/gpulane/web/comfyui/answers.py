@@ -48,7 +48,7 @@ async def read_order(request: web.Request, kind: type[T]) -> T | None:
     """Read a small JSON body; None when it is no such object."""
     try:
         return msgspec.json.decode(await read_body(request, ORDER_BYTES_MAX), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

@@ -78,7 +78,7 @@ def _read_body(stored: bytes | None) -> _Body:
         return _Body()
     try:
         return msgspec.json.decode(decode_request(stored).body, type=_Body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return _Body()
 
 
@@ -95,7 +95,7 @@ def _extra_data(record: JobRecord, extra: dict[str, msgspec.Raw]) -> dict[str, o
 def _outputs_of(prompt: msgspec.Raw, output_classes: frozenset[str]) -> msgspec.Raw:
     try:
         nodes = msgspec.json.decode(prompt, type=dict[str, _Node])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return OUTPUTS_UNKNOWN
     return _raw([name for name, node in nodes.items() if node.class_type in output_classes])
 
@@ -117,7 +117,7 @@ def history_entry(
     try:
         _, _, prompt, extra, outputs = entry.prompt
         extra_data = msgspec.json.decode(extra, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, ValueError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         entry.prompt = queue_item(record, stored, output_classes)
     else:
         shown_extra = _raw(_extra_data(record, extra_data))
@@ -134,7 +134,7 @@ def _engine_entry(record: JobRecord, result: RecordedResult | None) -> Entry:
     document = rewrite_message(bytes(result.document), job=record.job.id, prompt_id=shown_id(record))
     try:
         return msgspec.json.decode(document, type=Entry)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return Entry()
 
 
@@ -234,7 +234,7 @@ class _Extra(msgspec.Struct):
 def _workflow_id(extra_data: msgspec.Raw) -> str | None:
     try:
         info = msgspec.json.decode(extra_data, type=_Extra).extra_pnginfo
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
     return info.workflow.id if info is not None and info.workflow is not None else None
 
@@ -261,7 +261,7 @@ def output_values(outputs: msgspec.Raw) -> Iterable[tuple[str, str, object]]:
     """Yield (node, kind of media, value) of all outputs."""
     try:
         nodes = msgspec.json.decode(outputs, type=dict[str, dict[str, list[object] | None] | None])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return
     for node_id, output in nodes.items():
         for media, values in (output or {}).items():

@@ -196,7 +196,7 @@ class Files:
     def _note_upload(self, account: Account, answer: web.Response) -> None:
         try:
             said = msgspec.json.decode(answer.body if isinstance(answer.body, bytes) else b"", type=_Uploaded)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return  # a refusal
         self._uploaded[account, view_target(said.name, said.subfolder, said.type)] = None
         if said.type == "input" and not said.subfolder:

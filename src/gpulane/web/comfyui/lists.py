@@ -113,7 +113,7 @@ class Lists:
                 try:
                     known = view.description.documents.get("features", b"{}")
                     told.append(msgspec.json.decode(known, type=dict[str, object]))
-                except msgspec.DecodeError:
+                except (msgspec.DecodeError, RecursionError):
                     told.append({})
         return msgspec.json.encode(shared_features(told))
 
@@ -144,7 +144,7 @@ class Lists:
         for answer in answers:
             try:
                 united |= dict.fromkeys(msgspec.json.decode(answer, type=list[str]))
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 return answers[0]
         return msgspec.json.encode(list(united))
 
@@ -214,7 +214,7 @@ def merged_stats(answers: list[bytes], *, with_arguments: bool) -> bytes | None:
     for answer in answers:
         try:
             read.append(msgspec.json.decode(answer, type=dict[str, object]))
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             continue
     if not read:
         return None

@@ -79,7 +79,7 @@ def meta_of(record: JobRecord) -> PromptMeta:
     """Read what the front door noted at submission; nothing of it for jobs that came another way."""
     try:
         return read_meta(record.meta)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return PromptMeta()
 
 

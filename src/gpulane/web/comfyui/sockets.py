@@ -120,7 +120,7 @@ class ClientSocket:
             if said.type != "feature_flags":
                 return
             flags = msgspec.json.decode(said.data, type=_Flags)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return
         self.takes_metadata = flags.supports_preview_metadata is True
         self.send_text(frames.message("feature_flags", msgspec.Raw(self._features)))
