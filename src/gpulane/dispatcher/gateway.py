@@ -1,25 +1,23 @@
-"""The running gateway of this node: builds the book from the store, owns the gpus, takes jobs, and shows
-itself.
+"""The running gateway of this node: starts and stops everything below it in order, and is what the web asks.
 
-Implements what the web asks for (jobs, engines). It starts and stops everything below it in order, and
-answers every question
-from the book or the store; it decides nothing itself.
+Every question is answered from the book, the store or one of its parts; it decides nothing itself. A fault
+in one part's task is logged there and ends neither the others nor the process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import structlog
 
-from gpulane.adapters.base import EngineRequest, decode_request, encode_request
+from gpulane.adapters.base import EngineRequest, decode_request
 from gpulane.config import Settings
-from gpulane.core.admission import Refused, admit
 from gpulane.core.book import Book
 from gpulane.core.decisions import StartAttempt
 from gpulane.core.events import (
@@ -28,6 +26,7 @@ from gpulane.core.events import (
     GpuAdded,
     HolderAway,
     JobEnded,
+    JobReleased,
     JobStarted,
     StoreEvent,
 )
@@ -46,35 +45,28 @@ from gpulane.core.model import (
     Service,
 )
 from gpulane.core.policy import Policy
-from gpulane.dispatcher.gpu import GpuOwner, NodeLease, Payload
-from gpulane.dispatcher.held import Held, HeldCalls
+from gpulane.dispatcher.gpu import GpuOwner
+from gpulane.dispatcher.held import HeldCalls
+from gpulane.dispatcher.insist import insist
+from gpulane.dispatcher.intake import Intake
+from gpulane.dispatcher.learning import Learning
 from gpulane.dispatcher.leases import LEASE_SECONDS, Leases
 from gpulane.dispatcher.loop import Loop
+from gpulane.dispatcher.ports import GpuParts, NodeLease, NodeRecords
 from gpulane.dispatcher.recovery import Recovery
 from gpulane.dispatcher.results import ArtifactFolder, decode_result
 from gpulane.dispatcher.shown import Shown
 from gpulane.engine.base import RecordedResult, ServiceClient
 from gpulane.engine.probe import EngineWatch
 from gpulane.engine.progress import ProgressHub
-from gpulane.errors import Conflict, GpulaneError, Impossible, StoreError, Throttled, Unavailable
+from gpulane.errors import GpulaneError, StoreError, Unavailable
 from gpulane.relay.answer import HeldAnswer
-from gpulane.store.base import (
-    Code,
-    JobQuery,
-    JobRecord,
-    Listener,
-    NewJob,
-    QueueLimits,
-    Reply,
-    Retention,
-    Store,
-)
-from gpulane.store.node import NodeStore
+from gpulane.store.base import Code, JobQuery, JobRecord, Listener, NewJob, Reply, Retention, Store
 from gpulane.views import EngineView, GpuView, HeldCall, Place, QueueView
 from gpulane.wire.client import EngineClient
 
-RECENT_BODIES_BYTES_MAX: Final = 64 * 1024**2
-"""Bodies of jobs submitted here stay in memory until claimed, up to this much: they need not be read back."""
+QUIET_POLL_SECONDS: Final = 0.05
+RESTORE_REST_SECONDS: Final = 0.05
 UNCOPIED_LOOK_BACK: Final = 200
 """How many of the last ended jobs are looked through for uncopied files after a restart."""
 
@@ -88,7 +80,7 @@ class GatewayParts:
     settings: Settings
     policy: Policy
     store: Store
-    node_store: NodeStore
+    node_store: NodeRecords
     node: NodeId
     boot: int
     gpus: tuple[Gpu, ...]
@@ -100,6 +92,8 @@ class GatewayParts:
     wall: Callable[[], float]
     """Seconds since 1970, for records that people read."""
     new_claim: Callable[[], ClaimId]
+    chance: random.Random = field(default_factory=random.Random)
+    """For jitter."""
 
 
 class JobFailed(GpulaneError):
@@ -112,71 +106,120 @@ class Gateway:
     """One per process."""
 
     def __init__(self, parts: GatewayParts) -> None:
-        settings = parts.settings
         self._parts = parts
         self._store = parts.store
         self.hub = ProgressHub()
         self._book = Book(parts.policy)
-        self._loop = Loop(self._book, parts.policy, parts.clock, self._carry_out)
+        self._loop = Loop(
+            self._book, parts.policy, parts.clock, self._carry_out, on_broken=self._restore_book_soon
+        )
         self._lease = NodeLease(node=parts.node, boot=parts.boot, lease_seconds=LEASE_SECONDS)
-        self._held = HeldCalls(settings.hold, on_away=self._holder_away, on_given_up=self._give_up)
-        self._recent: dict[JobId, Payload] = {}
-        self._recent_bytes = 0
-        self._limits = QueueLimits(
-            queued_max=settings.limits.queued_max,
-            queued_per_account_max=settings.limits.queued_per_account_max,
+        self._held = HeldCalls(parts.settings.hold, on_away=self._holder_away, on_given_up=self._give_up)
+        self._spool = parts.data_folder / "spool"
+        self._intake = Intake(
+            settings=parts.settings,
+            store=parts.store,
+            book=self._book,
+            held=self._held,
+            spool=self._spool,
+            holder=f"{parts.node}.{parts.boot}",
+            describe_soon=self._describe_soon,
         )
         self._artifacts = ArtifactFolder(parts.data_folder / "artifacts", parts.wires)
+        self._learning = Learning(self._book.learned, parts.node_store)
         self._tasks: asyncio.TaskGroup | None = None
+        self._gpu_parts = self._shared_parts()
         self._owners = {gpu.id: self._owner(gpu) for gpu in parts.gpus}
         self._shown = Shown(self._book, self._owners, parts.clock)
-        self._spool = parts.data_folder / "spool"
-        self._accepting = False
         self._book_is_ready = False
-        self._attempts: set[asyncio.Task[None]] = set()
+        self._spawned: set[asyncio.Task[None]] = set()
 
     # --- life
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Hold everything under way inside the block; leaving it stops at once (drain first, for a quiet
-        end).
+        end). Raises StoreError when it cannot begin.
         """
         self._spool.mkdir(parents=True, exist_ok=True)
         await self._begin_book()
-        work = await self._background()
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            background = [tasks.create_task(coroutine) for coroutine in work]
-            self._loop.start()
-            self._accepting = True
-            try:
-                yield
-            finally:
-                self._accepting = False
-                self._loop.stop()
-                self._held.close()
-                for task in background:
-                    task.cancel()
-                for task in tuple(self._attempts):
-                    task.cancel()
-        for client in self._parts.clients.values():
-            await client.close()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await self._begin_work()
+                try:
+                    yield
+                finally:
+                    self._end_work()
+        finally:
+            self._tasks = None
+            self._learning.keep()
+            for client in self._parts.clients.values():
+                await client.close()
 
     async def drain(self, gpu: GpuId, draining: bool) -> Reply:
         """Let a gpu take nothing new, or take work again."""
         return await self._store.drain(gpu, draining)
 
     async def quiet_end(self) -> None:
-        """Take no new job, start none, and wait until what runs has ended."""
-        self._accepting = False
-        self._loop.stop()
-        while any(owner.running is not None for owner in self._owners.values()):
-            await asyncio.sleep(0.05)
+        """Take no new job, start none, and wait until what runs has ended and is recorded.
+
+        Calls that wait are told at once; when this is cancelled, so are those that run.
+        """
+        self._stop_beginning()
+        self._refuse_calls(waiting_only=True)
+        try:
+            while any(not owner.is_quiet for owner in self._owners.values()):  # noqa: ASYNC110  three lines, once
+                await asyncio.sleep(QUIET_POLL_SECONDS)
+        finally:
+            self._refuse_calls(waiting_only=False)
 
     @property
     def is_ready(self) -> bool:
-        return self._accepting
+        return self._intake.is_open
+
+    async def _begin_work(self) -> None:
+        """Gpus with earlier work are occupied first, then anything may be decided."""
+        quiet_seconds = self._parts.settings.probe.quiet_seconds
+        recovery = Recovery(self._gpu_parts, self._owners, quiet_seconds=quiet_seconds)
+        for coroutine in await recovery.begin():
+            self._spawn(coroutine)
+        leases = Leases(
+            self._store,
+            self._lease,
+            self._owners.values(),
+            retention=self._retention(),
+            on_pruned=lambda jobs: self._artifacts.drop(*jobs),
+            chance=self._parts.chance,
+        )
+        for owner in self._owners.values():
+            for watch in owner.watches.values():
+                self._spawn(watch.run())
+        for coroutine in (leases.run(), leases.prune(), self._learning.run(), self._copy_uncopied()):
+            self._spawn(coroutine)
+        self._loop.start()
+        self._intake.is_open = True
+
+    def _end_work(self) -> None:
+        self._stop_beginning()
+        self._refuse_calls(waiting_only=False)
+        self._held.close()
+        for task in tuple(self._spawned):
+            task.cancel()
+
+    def _stop_beginning(self) -> None:
+        self._intake.is_open = False
+        self._loop.stop()
+        for owner in self._owners.values():
+            owner.is_stopping = True
+
+    def _refuse_calls(self, *, waiting_only: bool) -> None:
+        """Answer the calls that will not be served any more; their clients ask again, somebody else or
+        later.
+        """
+        for held in self._held:
+            if not (held.is_over or held.answer.is_ended or (waiting_only and held.is_running)):
+                held.answer.fail(Unavailable("gpulane is stopping; ask again", retry_after_seconds=5))
 
     async def _begin_book(self) -> None:
         self._store.listen(self._hear)
@@ -191,94 +234,52 @@ class Gateway:
             await self._store.cancel(job, gone)
         for job, token in reply.claims:
             await self._store.release(job, token, "restart")
+        await self._learning.recall()
         self._book.restore(await self._store.snapshot(), self._parts.clock())
         for gpu in self._parts.gpus:
             self._loop.tell(GpuAdded(gpu=gpu))
         self._book_is_ready = True
 
-    async def _background(self) -> list[Coroutine[object, object, None]]:
-        leases = Leases(
-            self._store,
-            self._lease,
-            self._owners.values(),
-            retention=self._retention(),
-            on_pruned=self._artifacts.drop,
-            new_claim=self._parts.new_claim,
-        )
-        self._leases = leases
-        watches = [watch.run() for owner in self._owners.values() for watch in owner.watches.values()]
-        return [*watches, leases.run(), leases.prune(), *await self._recoveries(), self._copy_uncopied()]
+    def _restore_book_soon(self) -> None:
+        self._spawn(self._restore_book())
 
-    async def _recoveries(self) -> list[Coroutine[object, object, None]]:
-        """One for each gpu whose earlier work may still be under way; the gpus are occupied before anything
-        is decided.
-        """
-        recovery = Recovery(
-            store=self._store,
-            node_store=self._parts.node_store,
-            lease=self._lease,
-            payloads=self,
-            hub=self.hub,
-            quiet_seconds=self._parts.settings.probe.quiet_seconds,
-            new_claim=self._parts.new_claim,
-            clock=self._parts.clock,
-            wall=self._parts.wall,
-        )
-        found: list[Coroutine[object, object, None]] = []
-        attempts = {active.gpu: active for active in (await self._store.snapshot()).active if active.started}
-        records = {record.gpu: record for record in await self._parts.node_store.gpu_records()}
-        for owner in self._owners.values():
-            active, record = attempts.get(owner.id), records.get(owner.id)
-            if active is not None:
-                job = await self._store.job(active.job.id)
-                client = self._parts.clients.get(job.engine) if job is not None and job.engine else None
-                if job is not None and client is not None:
-                    owner.occupy("recovering", "looking for the job that ran before the restart")
-                    found.append(recovery.settle_attempt(owner, client, job, active.token))
-                    continue
-                # The engine is no longer in the settings: nobody can follow its job any more.
-                found.append(self._lose(active.job.id))
-            if record is not None and record.engine in self._parts.clients:
-                owner.occupy("recovering", "waiting until the engine is known idle after the restart")
-                found.append(recovery.settle_record(owner, self._parts.clients[record.engine], record))
-        return found
-
-    async def _lose(self, job: JobId) -> None:
-        record = await self._store.job(job)
-        if record is not None and record.token is not None:
-            failure = Failure(
-                kind=FailureKind.LOST, code="lost", message="its engine is no longer in the settings"
-            )
-            await self._store.finish(
-                job, record.token, state=JobState.FAILED, failure=failure, used_seconds=0.0, result=None
-            )
+    async def _restore_book(self) -> None:
+        """The book missed an event, or could not take one: what the store knows rules."""
+        await asyncio.sleep(RESTORE_REST_SECONDS)  # a fault that comes again must not become a busy loop
+        self._loop.restore(await insist(self._store.snapshot, "a snapshot"))
+        for job in self._held.away():
+            self._holder_away(job, True)
 
     async def _copy_uncopied(self) -> None:
         """Copy files of results that a crash left on their engines."""
-        ended = frozenset({JobState.SUCCEEDED})
-        for record in await self._store.jobs(JobQuery(states=ended, limit=UNCOPIED_LOOK_BACK)):
+        query = JobQuery(states=frozenset({JobState.SUCCEEDED}), limit=UNCOPIED_LOOK_BACK)
+        for record in await insist(lambda: self._store.jobs(query), "ended jobs"):
             result = None if record.job.held else await self.result(record.job.id)
             if result is not None:
                 await self._artifacts.copy(record.job.id, result)
 
-    def _owner(self, gpu: Gpu) -> GpuOwner:
-        owner = GpuOwner(
-            gpu,
+    def _shared_parts(self) -> GpuParts:
+        parts = self._parts
+        return GpuParts(
             lease=self._lease,
-            store=self._store,
-            node_store=self._parts.node_store,
-            clients=self._parts.clients,
-            payloads=self,
+            store=parts.store,
+            records=parts.node_store,
+            clients=parts.clients,
+            payloads=self._intake,
             hub=self.hub,
             tell=self._loop.tell,
             spawn=self._spawn,
             book=self._book,
-            policy=self._parts.policy,
+            policy=parts.policy,
             on_result=self._copy_files,
-            new_claim=self._parts.new_claim,
-            clock=self._parts.clock,
-            wall=self._parts.wall,
+            new_claim=parts.new_claim,
+            clock=parts.clock,
+            wall=parts.wall,
+            chance=parts.chance,
         )
+
+    def _owner(self, gpu: Gpu) -> GpuOwner:
+        owner = GpuOwner(gpu, self._gpu_parts)
         for engine in gpu.engines:
             owner.watches[engine.url] = self._watch(owner, engine.url)
         return owner
@@ -296,16 +297,21 @@ class Gateway:
             self._parts.settings.probe,
             own_jobs=owner.own_jobs,
             occupancy=lambda: owner.occupancy,
+            take_card=lambda: owner.take_for(f"canary {url}", f"trying whether {url} computes"),
+            give_card=lambda: owner.free(f"canary {url}"),
             tell=self._loop.tell,
             on_stranger=on_stranger,
             clock=self._parts.clock,
         )
 
     def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
-        assert self._tasks is not None, "nothing is started before the gateway runs"
-        task = self._tasks.create_task(coroutine)
-        self._attempts.add(task)
-        task.add_done_callback(self._attempts.discard)
+        """Run beside everything else; a fault in it ends nothing but itself."""
+        if self._tasks is None:
+            coroutine.close()  # a timer of a gateway that has stopped
+            return
+        task = self._tasks.create_task(_alone(coroutine))
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned.discard)
 
     def _retention(self) -> Retention:
         kept = self._parts.settings.retention
@@ -326,21 +332,24 @@ class Gateway:
             return
         self._loop.hear(events)
         for event in events:
-            self._after(event)
+            try:
+                self._after(event)
+            except Exception:  # noqa: BLE001  a fault in here must not end what goes on beside it
+                _log.exception("event_not_followed", told=type(event).__name__)
 
     def _after(self, event: StoreEvent) -> None:
         """What this node owes to its own clients and gpus because of a fact."""
         match event:
             case JobStarted():
                 self._held.started(event.job)
-                self._forget_recent(event.job)
-            case AttemptFailed():
+                self._intake.forget(event.job)
+            case AttemptFailed() | JobReleased():
                 self._held.waits_again(event.job)
             case CancelWanted():
                 for owner in self._owners.values():
                     owner.cancel(event.job)
             case JobEnded():
-                self._forget_recent(event.job)
+                self._intake.forget(event.job)
                 self._end_held(event)
             case _:
                 pass
@@ -357,46 +366,31 @@ class Gateway:
         """Copy the files of a result, beside the gpu's next job."""
         self._spawn(self._artifacts.copy(job, result))
 
+    def _describe_soon(self, service: Service) -> None:
+        for owner in self._owners.values():
+            for watch in owner.watches.values():
+                if watch.client.service is service:
+                    watch.describe_soon()
+
+    def _holder_away(self, job: JobId, away: bool) -> None:
+        self._loop.tell(HolderAway(job=job, away=away))
+
+    def _give_up(self, job: JobId) -> None:
+        gone = Failure(
+            kind=FailureKind.CLIENT, code="client_gone", message="its client left and did not come back"
+        )
+        self._spawn(self._cancel_for(job, gone))
+
+    async def _cancel_for(self, job: JobId, failure: Failure) -> None:
+        await insist(lambda: self._store.cancel(job, failure), "the cancel of a call that nobody waits for")
+
     # --- JobsPort: submitting
 
     async def submit(self, new: NewJob, request: EngineRequest) -> Reply:
-        """Admit and store a job; durable on return."""
-        self._check_accepting()
-        known = await self._known(new)
-        if known is not None:
-            return known
-        self._admit(new)
-        stored = replace(new, body=encode_request(request))
-        self._remember(new, request)
-        reply = await self._store.enqueue(stored, self._limits)
-        if reply.code is not Code.OK:
-            self._forget_recent(new.job.id)
-        return self._judged(reply)
+        return await self._intake.submit(new, request)
 
     async def hold(self, new: NewJob, request: EngineRequest) -> HeldCall:
-        """Admit a job whose client waits; an identical call whose client left is joined."""
-        self._check_accepting()
-        joined = self._held.join(new.job.account, new.job.service, new.digest)
-        if joined is not None:
-            return HeldCall(job=joined.job.id, answer=joined.answer, joined=True)
-        if len(self._held) >= self._parts.settings.limits.held_max:
-            raise Throttled("too many requests wait for their answer already", retry_after_seconds=10)
-        self._admit(new)
-        limits = self._parts.settings.limits
-        answer = HeldAnswer(
-            self._spool,
-            bytes_max=int(limits.answer_mib * 1024**2),
-            memory_bytes_max=int(limits.answer_memory_mib * 1024**2),
-        )
-        job = replace(new.job, held=True, holder=f"{self._parts.node}.{self._parts.boot}")
-        held = Held(job=job, request=request, meta=new.meta, answer=answer, digest=new.digest)
-        self._held.add(held)
-        try:
-            self._judged(await self._store.enqueue(replace(new, job=job), self._limits))
-        except GpulaneError:
-            self._held.drop(job.id)
-            raise
-        return HeldCall(job=job.id, answer=answer)
+        return await self._intake.hold(new, request)
 
     def answered(self, job: JobId) -> None:
         self._held.done(job)
@@ -471,93 +465,12 @@ class Gateway:
     def sticky(self, service: Service, key: str) -> EngineView | None:
         return self._shown.sticky(service, key)
 
-    # --- Payloads
 
-    async def payload(self, record: JobRecord) -> Payload | None:
-        """What a claimed job sends, and where its answer goes."""
-        held = self._held.get(record.job.id)
-        if held is not None:
-            return Payload(request=held.request, meta=held.meta, answer=held.answer)
-        if record.job.held:
-            return None
-        recent = self._recent.get(record.job.id)
-        if recent is not None:
-            return recent
-        stored = await self._store.body(record.job.id)
-        if stored is None:
-            return None
-        return Payload(request=decode_request(stored), meta=record.meta, answer=None)
-
-    # --- inside
-
-    def _check_accepting(self) -> None:
-        if not self._accepting:
-            raise Unavailable("gpulane is stopping and takes no new jobs", retry_after_seconds=5)
-
-    async def _known(self, new: NewJob) -> Reply | None:
-        """A repeated submission is answered as the first, even when it could not be admitted now."""
-        if new.client_job_id is None and new.idempotency_key is None:
-            return None
-        if new.client_job_id is not None:
-            record = await self._store.job_of_client(new.job.account, new.job.service, new.client_job_id)
-            if record is not None:
-                # The store compares the content; admission would only be in the way.
-                return self._judged(await self._store.enqueue(new, self._limits))
-        return None
-
-    def _admit(self, new: NewJob) -> None:
-        answer = admit(self._book, new.job)
-        if not isinstance(answer, Refused):
-            return
-        reason = answer.reason
-        hint = "; ".join(each.text for each in answer.per_gpu) or None
-        if reason.code in {"queue_full", "account_full"}:
-            raise Throttled(reason.text, hint=hint, code=reason.code, retry_after_seconds=5)
-        for owner in self._owners.values():
-            for watch in owner.watches.values():
-                # What is refused now may have been put on the engine's disk a moment ago.
-                if watch.client.service is new.job.service:
-                    watch.describe_soon()
-        raise Impossible(reason.text, hint=hint, code=reason.code)
-
-    def _judged(self, reply: Reply) -> Reply:
-        match reply.code:
-            case Code.OK | Code.EXISTS:
-                return reply
-            case Code.CONFLICT:
-                raise Conflict("this id was used before with other content; take a new one")
-            case Code.FULL:
-                raise Throttled("the queue is full", retry_after_seconds=30)
-            case Code.ACCOUNT_FULL:
-                raise Throttled("you have too many jobs waiting", code="account_full", retry_after_seconds=30)
-            case _:
-                raise StoreError(f"enqueue was answered {reply.code}")
-
-    def _remember(self, new: NewJob, request: EngineRequest) -> None:
-        self._recent[new.job.id] = Payload(request=request, meta=new.meta, answer=None)
-        self._recent_bytes += len(request.body)
-        while self._recent_bytes > RECENT_BODIES_BYTES_MAX:
-            self._forget_recent(next(iter(self._recent)))
-
-    def _forget_recent(self, job: JobId) -> None:
-        payload = self._recent.pop(job, None)
-        if payload is not None:
-            self._recent_bytes -= len(payload.request.body)
-
-    def _holder_away(self, job: JobId, away: bool) -> None:
-        self._loop.tell(HolderAway(job=job, away=away))
-
-    def _give_up(self, job: JobId) -> None:
-        gone = Failure(
-            kind=FailureKind.CLIENT, code="client_gone", message="its client left and did not come back"
-        )
-        self._spawn(self._cancel_quietly(job, gone))
-
-    async def _cancel_quietly(self, job: JobId, failure: Failure) -> None:
-        try:
-            await self._store.cancel(job, failure)
-        except StoreError as error:
-            _log.error("cancel_failed", job=job, why=error.message)
+async def _alone(coroutine: Coroutine[object, object, None]) -> None:
+    try:
+        await coroutine
+    except Exception:  # noqa: BLE001  a fault in here must not end what goes on beside it
+        _log.exception("task_broke", task=coroutine.__name__)
 
 
 def _why_no_answer(event: JobEnded) -> GpulaneError:

@@ -13,8 +13,9 @@ from typing import Final
 
 import structlog
 
-from gpulane.core.model import ClaimId, JobId, Token
-from gpulane.dispatcher.gpu import GpuOwner, NodeLease
+from gpulane.core.model import JobId
+from gpulane.dispatcher.gpu import GpuOwner
+from gpulane.dispatcher.ports import NodeLease, Running
 from gpulane.errors import StoreError
 from gpulane.store.base import BeatReply, Code, Retention, Store
 
@@ -37,16 +38,15 @@ class Leases:
         owners: Iterable[GpuOwner],
         *,
         retention: Retention,
-        on_pruned: Callable[[JobId], None],
-        new_claim: Callable[[], ClaimId],
+        on_pruned: Callable[[tuple[JobId, ...]], None],
+        chance: random.Random,
     ) -> None:
         self._store = store
         self._lease = lease
         self._owners = tuple(owners)
         self._retention = retention
         self._on_pruned = on_pruned
-        self._new_claim = new_claim
-        self._random = random.Random()
+        self._chance = chance
         self.last_reply: BeatReply | None = None
 
     async def run(self) -> None:
@@ -56,17 +56,22 @@ class Leases:
                 await self.beat()
             except StoreError as error:
                 _log.error("beat_failed", why=error.message)
-            await asyncio.sleep(BEAT_SECONDS * self._random.uniform(0.8, 1.2))
+            except Exception:  # noqa: BLE001  a fault in here must not end what goes on beside it
+                _log.exception("beat_broke")  # without beats, every lease of this node would run out
+            await asyncio.sleep(BEAT_SECONDS * self._chance.uniform(0.8, 1.2))
 
     async def beat(self) -> None:
-        """Renew what this node holds, and sweep what the store says is due."""
-        pairs = {owner: pair for owner in self._owners if (pair := owner.lease_pair()) is not None}
+        """Renew what this node holds, and sweep what the store says is due.
+
+        In this order: after a long stop of this process its own attempts are due too, and are resumed first.
+        """
+        held = [(owner, running, running.token) for owner in self._owners for running in owner.leased()]
         reply = await self._store.beat(
             self._lease.node,
             self._lease.boot,
             LEASE_SECONDS,
             self._lease.lease_seconds,
-            tuple(pairs.values()),
+            tuple((running.job.id, token) for _, running, token in held),
         )
         self.last_reply = reply
         if reply.code is Code.STALE:
@@ -77,8 +82,11 @@ class Leases:
             )
             return
         codes = dict(reply.leases)
-        for owner, (job, token) in pairs.items():
-            await self._apply(owner, job, token, codes.get(job))
+        for owner, running, token in held:
+            if (
+                running.token == token and running in owner.leased()
+            ):  # else it ended while the beat was under way
+                await self._apply(owner, running, codes.get(running.job.id))
         for job, token in reply.expired:
             await self._store.expire(job, token)
         for job, token in reply.suspects:
@@ -90,33 +98,25 @@ class Leases:
             await asyncio.sleep(PRUNE_SECONDS)
             try:
                 while dropped := await self._store.prune(self._retention):
-                    for job in dropped:
-                        self._on_pruned(job)
+                    # Hundreds of folders at once, perhaps on a slow disk.
+                    await asyncio.to_thread(self._on_pruned, dropped)
             except StoreError as error:
                 _log.error("prune_failed", why=error.message)
+            except Exception:  # noqa: BLE001  a fault in here must not end what goes on beside it
+                _log.exception("prune_broke")
 
-    async def _apply(self, owner: GpuOwner, job: JobId, token: Token, code: Code | None) -> None:
-        running = owner.running
-        if running is None or running.job.id != job or running.token != token:
-            return  # ended while the beat was under way
+    async def _apply(self, owner: GpuOwner, running: Running, code: Code | None) -> None:
+        job = running.job.id
         if code is Code.CANCEL:
-            owner.cancel(job)
-        elif code is Code.EXPIRED:
-            reply = await self._store.resume(
-                self._lease.node,
-                self._lease.boot,
-                owner.id,
-                job,
-                token,
-                self._new_claim(),
-                self._lease.lease_seconds,
-            )
-            if reply.code is Code.OK and reply.token is not None and owner.running is running:
-                running.token = reply.token
+            running.cancel()
+        elif code is Code.EXPIRED or (code is Code.GONE and running.resuming is not None):
+            # While a resume was asked and not answered, GONE may be its doing (fleet.md 12, case 13b).
+            resumed = await owner.resume(running)
+            if resumed is Code.OK:
                 _log.warning("lease_resumed", job=job, gpu=owner.id)
-            elif reply.code is Code.GONE:
-                owner.cancel(job)
+            elif resumed is Code.GONE:
+                running.cancel()
         elif code is Code.GONE:
             # Superseded: what runs here is an orphan, to be interrupted; its end will be STALE.
             _log.warning("attempt_superseded", job=job, gpu=owner.id)
-            owner.cancel(job)
+            running.cancel()

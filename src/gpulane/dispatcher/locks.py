@@ -31,21 +31,31 @@ class GpuLocks:
         path = self._folder / f"{gpu}.owner"
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o755)
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+            # A link would let whoever may write to the folder have another file emptied below.
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
         except OSError as error:
             raise ConfigError(f"lock file {path} cannot be opened: {error.strerror}; see lock_dir") from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(file, gpu)
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
-            holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(file)
+            raise ConfigError(f"lock file {path} cannot be locked: {error.strerror}; see lock_dir") from error
+        except ConfigError:
+            os.close(file)
+            raise
+        self._files[gpu] = file
+
+    def _lock(self, file: int, gpu: str) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
             raise ConfigError(
                 f"GPU {gpu} is owned by another gpulane on this machine (process {holder}); stop that "
                 "one, or take the GPU out of one of the two"
             ) from error
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-        self._files[gpu] = file
 
     def release(self) -> None:
         """Let go of all; the files stay."""

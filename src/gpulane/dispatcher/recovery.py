@@ -1,138 +1,183 @@
 """What a restart finds, gpu by gpu, and how it comes to an end (fleet.md section 5).
 
-Every gpu with a record, or with an attempt that the store calls started, is occupied until its engine is
-known idle or its job
-is followed again. First quiet: two answered probes over new connections, since the engine may still read the
-request of the
-dead process. Then the queue, the history, the queue again. Nothing is ever sent a second time.
+Every gpu with a record, or with an attempt that the store calls started, is occupied before anything is
+decided, until its engine is known idle or its job is followed again. First quiet: two answered probes over
+new connections, since the engine may still read the request of the dead process. Then the queue, the
+history, the queue again. Nothing is ever sent a second time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Final
 
 import structlog
 
-from gpulane.core.model import ClaimId, Failure, FailureKind, JobState, Token
-from gpulane.dispatcher.gpu import GpuOwner, NodeLease, Payloads, Running, claim_of
+from gpulane.core.events import ActiveJob
+from gpulane.core.model import EngineUrl, Failure, FailureKind, GpuId, JobId, JobState
+from gpulane.dispatcher.attempt import broken
+from gpulane.dispatcher.ending import drop_record, free_when_idle, recovering, settle
+from gpulane.dispatcher.gpu import GpuOwner
+from gpulane.dispatcher.insist import insist
+from gpulane.dispatcher.ports import GpuParts, Running
 from gpulane.engine.base import AttemptContext, Found, Outcome, ServiceClient, is_refused
 from gpulane.engine.probe import REFUSALS_FOR_DEAD
-from gpulane.engine.progress import ProgressHub
 from gpulane.errors import EngineError
-from gpulane.store.base import Code, JobRecord, Store
-from gpulane.store.node import GpuRecord, NodeStore
+from gpulane.store.base import Again, Code, JobRecord
+from gpulane.store.node import GpuRecord
 
 SILENT_SECONDS_MAX: Final = 120.0
 """An engine that neither answers nor refuses for so long has lost its job; its gpu stays occupied until it
 answers."""
 
+Work = Coroutine[object, object, None]
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class Recovery:
     """Brings attempts of an earlier boot to their end."""
 
-    def __init__(
-        self,
-        *,
-        store: Store,
-        node_store: NodeStore,
-        lease: NodeLease,
-        payloads: Payloads,
-        hub: ProgressHub,
-        quiet_seconds: float,
-        new_claim: Callable[[], ClaimId],
-        clock: Callable[[], float],
-        wall: Callable[[], float],
-    ) -> None:
-        self._store = store
-        self._node_store = node_store
-        self._lease = lease
-        self._payloads = payloads
-        self._hub = hub
+    def __init__(self, parts: GpuParts, owners: Mapping[GpuId, GpuOwner], *, quiet_seconds: float) -> None:
+        self._parts = parts
+        self._owners = owners
         self._quiet_seconds = quiet_seconds
-        self._new_claim = new_claim
-        self._clock = clock
-        self._wall = wall
 
-    async def settle_record(self, owner: GpuOwner, client: ServiceClient, record: GpuRecord) -> None:
-        """End the occupancy of a gpu whose record names an attempt that is over in the store."""
-        _log.info("recovering", gpu=owner.id, job=record.job, how="orphan")
-        try:
-            await client.interrupt(record.job)
-        except EngineError as error:
-            _log.info("orphan_not_interrupted", job=record.job, why=error.message)
-        await owner.watches[client.url].until_idle()
-        await self._node_store.drop_gpu_record(owner.id, record.token)
-        owner.free("recovering")
+    async def begin(self) -> list[Work]:
+        """Occupy every gpu whose earlier work may still be under way; returns what brings each to its end.
 
-    async def settle_attempt(
-        self, owner: GpuOwner, client: ServiceClient, record: JobRecord, token: Token
-    ) -> None:
-        """Find a started attempt in its engine and end it, or follow it to its end."""
-        job = record.job
+        Raises StoreError: a gateway that does not know what its gpus do must not start.
+        """
+        found: list[Work] = []
+        node = self._parts.lease.node
+        for active in (await self._parts.store.snapshot()).active:
+            if active.started and active.node == node:
+                found += await self._begin_attempt(active)
+        found += self._begin_records(await self._parts.records.gpu_records())
+        return found
+
+    async def _begin_attempt(self, active: ActiveJob) -> list[Work]:
+        record = await self._parts.store.job(active.job.id)
+        if record is None or record.engine is None:
+            return []
+        owner = self._owner_of(active.gpu, record.engine)
         running = Running(
-            job=job, token=token, engine=client.url, attempts=max(0, record.attempts_counted - 1)
+            job=record.job,
+            gpu=active.gpu,
+            token=active.token,
+            engine=record.engine,
+            attempts=max(0, record.attempts_counted - 1),
+            started_at=self._parts.clock(),
+            cancel_wanted=record.cancel_wanted,
         )
-        running.cancel_wanted = record.cancel_wanted
-        running.started_at = self._clock()
-        owner.running = running
-        owner.occupancy += 1
-        _log.info("recovering", gpu=owner.id, job=job.id, how="attempt", engine=client.url)
-        found = await self._find(owner, client, running)
-        outcome = await self._outcome(owner, client, record, running, found)
-        if outcome is None:  # superseded meanwhile
-            owner.running = None
-            owner.occupancy += 1
-            await self.settle_record(owner, client, self._gpu_record(owner, running, claim_of(token)))
-            return
-        if outcome.engine_idle:
-            # settle() frees by the store's event; the reason of the recovery must be gone by then.
-            owner.free("recovering")
-        await owner.settle(running, record, outcome)
+        if owner is None or not owner.is_quiet:
+            # Nobody can follow it any more, or two gpus of earlier settings are one now.
+            return [self._lose(running, record, owner)]
+        owner.occupy(recovering(running), "looking for the job that ran before the restart")
+        owner.adopt(running)
+        return [self._settle_attempt(owner, running, record)]
 
-    async def _outcome(
-        self, owner: GpuOwner, client: ServiceClient, record: JobRecord, running: Running, found: Found | None
-    ) -> Outcome | None:
-        job = record.job
+    def _begin_records(self, records: Iterable[GpuRecord]) -> list[Work]:
+        """Records of jobs that are over in the store: their engines may compute them all the same."""
+        found: list[Work] = []
+        for record in records:
+            owner = self._owner_of(record.gpu, record.engine)
+            if owner is None or (owner.running is not None and owner.running.job.id == record.job):
+                continue
+            key = f"recovering record {record.job}"
+            owner.occupy(key, "waiting until the engine is known idle after the restart")
+            found.append(self._settle_record(owner, key, record))
+        return found
+
+    def _owner_of(self, gpu: GpuId, engine: EngineUrl) -> GpuOwner | None:
+        """A gpu may have got another name, or a machine another host name: the engine tells which one it
+        is.
+        """
+        owner = self._owners.get(gpu)
+        if owner is not None and engine in owner.watches:
+            return owner
+        return next((other for other in self._owners.values() if engine in other.watches), None)
+
+    # --- a record without an attempt
+
+    async def _settle_record(self, owner: GpuOwner, key: str, record: GpuRecord) -> None:
+        client = self._parts.clients[record.engine]
+        _log.info("recovering", gpu=owner.id, job=record.job, how="orphan")
+        await _interrupt(client, record.job)
+        await owner.watches[client.url].until_idle()
+        await drop_record(self._parts, record.gpu, record.token)
+        owner.free(key)
+
+    # --- an attempt
+
+    async def _settle_attempt(self, owner: GpuOwner, running: Running, record: JobRecord) -> None:
+        _log.info("recovering", gpu=owner.id, job=running.job.id, how="attempt", engine=running.engine)
+        try:
+            outcome = await self._outcome(owner, running, record)
+        except Exception as error:  # noqa: BLE001  a fault in here must not end what goes on beside it
+            _log.exception("recovery_broke", job=running.job.id, gpu=owner.id)
+            outcome = broken(error)
+        if outcome is None:
+            # Superseded: what runs there is an orphan.
+            owner.leave(running)
+            await _interrupt(self._parts.clients[running.engine], running.job.id)
+            await free_when_idle(owner, running)
+        else:
+            if outcome.engine_idle:
+                # The store's event gives the gpu its next job: the reason must be gone by then.
+                owner.free(recovering(running))
+            await settle(owner, running, running, record, outcome)
+
+    async def _outcome(self, owner: GpuOwner, running: Running, record: JobRecord) -> Outcome | None:
+        """1. silent  2. nobody waits for it any more  3. not known there  4. taken over  5. read from
+        history.
+
+        None: superseded.
+        """
+        client = self._parts.clients[running.engine]
+        found = await self._find(client, running)
         if found is None:
             return _lost("its engine does not answer since the restart", idle=False)
-        if job.held:
-            # Its client's connection died with the earlier process: wait for the end, deliver to nobody.
-            running.cancel_wanted = True
-            gone = Failure(
-                kind=FailureKind.LOST, code="client_gone", message="its client was lost in a restart"
-            )
-            await self._store.cancel(job.id, gone)
-            await owner.watches[client.url].until_idle()
-            return Outcome(state=JobState.CANCELLED, failure=gone)
+        if running.job.held:
+            return await self._end_held(owner, client, running)
         if found is Found.ABSENT:
             await owner.watches[client.url].until_idle()
             return _lost("its engine does not know it any more", idle=True)
-        if found in {Found.RUNNING, Found.WAITING, Found.BUSY} and not await self._resume(owner, running):
+        is_there = found in {Found.RUNNING, Found.WAITING, Found.BUSY}
+        if is_there and not await self._resume(owner, running):
             return None
-        payload = await self._payloads.payload(record)
+        payload = await insist(lambda: self._parts.payloads.payload(record), "the body of a running job")
         if payload is None:
             await owner.watches[client.url].until_idle()
             return _lost("its body is gone", idle=True)
         context = AttemptContext(
-            job=job, request=payload.request, meta=payload.meta, hub=self._hub, answer=payload.answer
+            job=record.job,
+            request=payload.request,
+            meta=payload.meta,
+            hub=self._parts.hub,
+            answer=payload.answer,
         )
-        running.context = context
-        if running.cancel_wanted:
-            context.cancel_wanted.set()
-        _log.info("reattached", job=job.id, gpu=owner.id, found=str(found))
+        running.enter(context)
+        _log.info("reattached", job=running.job.id, gpu=owner.id, found=str(found))
         return await client.follow(context)
 
-    async def _find(self, owner: GpuOwner, client: ServiceClient, running: Running) -> Found | None:
+    async def _end_held(self, owner: GpuOwner, client: ServiceClient, running: Running) -> Outcome:
+        """Its client's connection died with the earlier process: nobody can be given its answer."""
+        running.cancel_wanted = True
+        gone = Failure(kind=FailureKind.LOST, code="client_gone", message="its client was lost in a restart")
+        await insist(lambda: self._parts.store.cancel(running.job.id, gone), "the cancel of a held job")
+        await _interrupt(client, running.job.id)
+        await owner.watches[client.url].until_idle()
+        return Outcome(state=JobState.CANCELLED, failure=gone)
+
+    async def _find(self, client: ServiceClient, running: Running) -> Found | None:
         """Quiet first, then look. None: silent for too long. A process that is gone knows nothing: ABSENT."""
-        began = self._clock()
+        clock = self._parts.clock
+        began = clock()
         answered_at: float | None = None
         refused, refused_since = 0, 0.0
         while True:
-            now = self._clock()
+            now = clock()
             try:
                 await client.probe(frozenset({running.job.id}), fresh=True)
                 if answered_at is None:
@@ -149,40 +194,46 @@ class Recovery:
                         return Found.ABSENT
                 elif now - began > SILENT_SECONDS_MAX:
                     return None
+                else:
+                    refused = 0
             await asyncio.sleep(max(0.05, self._quiet_seconds / 8))
 
     async def _resume(self, owner: GpuOwner, running: Running) -> bool:
-        """Take the attempt over under a new token. The record is written before asking, so that a crash here
-        is seen.
-        """
-        claim = self._new_claim()
-        await self._node_store.put_gpu_record(self._gpu_record(owner, running, claim))
-        reply = await self._store.resume(
-            self._lease.node,
-            self._lease.boot,
-            owner.id,
-            running.job.id,
-            running.token,
-            claim,
-            self._lease.lease_seconds,
-        )
-        if reply.code is not Code.OK or reply.token is None:
-            _log.warning("not_resumed", job=running.job.id, gpu=owner.id, code=str(reply.code))
-            return False
-        running.token = reply.token
-        await self._node_store.put_gpu_record(self._gpu_record(owner, running, claim))
-        return True
+        code = await insist(lambda: owner.resume(running), "the resume of a running job")
+        if code is not Code.OK:
+            _log.warning("not_resumed", job=running.job.id, gpu=owner.id, code=str(code))
+        return code is Code.OK
 
-    def _gpu_record(self, owner: GpuOwner, running: Running, claim: ClaimId) -> GpuRecord:
-        return GpuRecord(
-            gpu=owner.id,
-            job=running.job.id,
-            token=running.token,
-            claim=claim,
-            engine=running.engine,
-            stage="recovering",
-            written_at=self._wall(),
+    # --- an attempt that nobody can follow
+
+    async def _lose(self, running: Running, record: JobRecord, owner: GpuOwner | None) -> None:
+        """Give up a job whose engine is no longer in the settings, or whose gpu is another job's now."""
+        if owner is not None:
+            key = recovering(running)
+            owner.occupy(key, "waiting until the engine is known idle after the restart")
+            await _interrupt(self._parts.clients[running.engine], running.job.id)
+            await free_when_idle(owner, running)
+        failure = Failure(
+            kind=FailureKind.LOST, code="lost", message="its engine or gpu is no longer in the settings"
         )
+        await insist(lambda: self._give_up(running, record, failure), "the end of a lost job")
+
+    async def _give_up(self, running: Running, record: JobRecord, failure: Failure) -> None:
+        job, token, store = running.job, running.token, self._parts.store
+        if job.rerun_lost and not job.held and record.attempts_counted < job.max_attempts:
+            again = Again(rest_seconds=0.0, avoid=frozenset(), refund=True)
+            await store.fail(job.id, token, failure, again, used_seconds=0.0)
+        else:
+            await store.finish(
+                job.id, token, state=JobState.FAILED, failure=failure, used_seconds=0.0, result=None
+            )
+
+
+async def _interrupt(client: ServiceClient, job: JobId) -> None:
+    try:
+        await client.interrupt(job)
+    except EngineError as error:
+        _log.info("orphan_not_interrupted", job=job, why=error.message)
 
 
 def _lost(message: str, *, idle: bool) -> Outcome:

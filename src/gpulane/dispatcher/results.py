@@ -24,6 +24,8 @@ from gpulane.wire.client import EngineClient
 
 COPIES_AT_ONCE: Final = 4
 """Copying must not fight the next jobs for the network."""
+COPIES_WAITING_MAX: Final = 500
+"""Results whose files wait to be copied; further ones stay on their engines until a restart looks again."""
 ARTIFACT_BYTES_MAX: Final = 4 * 1024**3
 """One file larger than this stays on its engine."""
 
@@ -48,6 +50,8 @@ class ArtifactFolder:
         self._folder = folder
         self._wires = wires
         self._places = asyncio.Semaphore(COPIES_AT_ONCE)
+        self._copying: set[JobId] = set()
+        """Jobs whose files are being fetched; one that is dropped meanwhile must leave nothing behind."""
 
     def path(self, job: JobId, number: int) -> Path:
         return self._of(job) / str(number)
@@ -62,20 +66,35 @@ class ArtifactFolder:
         with a log line.
         """
         wire = self._wires.get(EngineUrl(result.engine))
-        if wire is None:
+        if wire is None or job in self._copying:
             return
-        for number, artifact in enumerate(result.artifacts):
-            if artifact.target is None or self.path(job, number).exists():
-                continue
-            async with self._places:
-                try:
-                    await self._fetch(wire, artifact.target, self.path(job, number))
-                except (EngineError, OSError) as error:
-                    _log.warning("artifact_not_copied", job=job, number=number, why=str(error))
+        if len(self._copying) >= COPIES_WAITING_MAX:
+            _log.warning("artifacts_left", job=job, why="too many wait to be copied")
+            return
+        self._copying.add(job)
+        try:
+            for number, artifact in enumerate(result.artifacts):
+                if artifact.target is not None and not self.path(job, number).exists():
+                    await self._copy_one(job, number, wire, artifact.target)
+        finally:
+            self._copying.discard(job)
 
-    def drop(self, job: JobId) -> None:
-        """Remove the files of a forgotten job."""
-        shutil.rmtree(self._of(job), ignore_errors=True)
+    async def _copy_one(self, job: JobId, number: int, wire: EngineClient, target: str) -> None:
+        async with self._places:
+            if job not in self._copying:
+                return
+            try:
+                await self._fetch(wire, target, self.path(job, number))
+            except (EngineError, OSError) as error:
+                _log.warning("artifact_not_copied", job=job, number=number, why=str(error))
+        if job not in self._copying:
+            self.drop(job)
+
+    def drop(self, *jobs: JobId) -> None:
+        """Remove the files of forgotten jobs. May be called in another thread."""
+        for job in jobs:
+            self._copying.discard(job)
+            shutil.rmtree(self._of(job), ignore_errors=True)
 
     async def _fetch(self, wire: EngineClient, target: str, path: Path) -> None:
         response = await wire.request("GET", target)

@@ -45,10 +45,13 @@ class EngineWatch:
         *,
         own_jobs: Callable[[], frozenset[JobId]],
         occupancy: Callable[[], int],
+        take_card: Callable[[], bool],
+        give_card: Callable[[], None],
         tell: Callable[[LocalEvent], None],
         on_stranger: Callable[[bool], None],
         clock: Callable[[], float],
     ) -> None:
+        """`take_card` keeps jobs off the card while a canary sings, or refuses; `give_card` ends that."""
         self.client = client
         self.gpu = gpu
         self.state = EngineState.STARTING
@@ -59,20 +62,30 @@ class EngineWatch:
         self._settings = settings
         self._own_jobs = own_jobs
         self._occupancy = occupancy
+        self._take_card = take_card
+        self._give_card = give_card
         self._tell = tell
         self._on_stranger = on_stranger
         self._clock = clock
         self._misses = 0
+        self._refused = 0
+        self._refused_since = 0.0
         self._described_at = float("-inf")
         self._has_stranger = False
         self._soon = asyncio.Event()
 
     async def run(self) -> None:
         """Probe for ever, until cancelled."""
-        await self.client.open()
         interval = STARTING_INTERVAL_SECONDS
         while True:
-            answered = await self.look()
+            try:
+                await self.client.open()
+                answered = await self.look()
+            except Exception as error:  # noqa: BLE001  a fault in here must not end what goes on beside it
+                # An answer that nobody foresaw: this engine cannot be used, and all others can.
+                _log.exception("look_broke", engine=self.client.url)
+                self._missed(EngineError(f"its answers are not understood: {type(error).__name__}"))
+                answered = False
             if self._has_stranger:
                 interval = STRANGER_INTERVAL_SECONDS
             elif answered and self.state is EngineState.READY:
@@ -89,7 +102,9 @@ class EngineWatch:
             self._soon.clear()
 
     def describe_soon(self) -> None:
-        """Fetch anew what the engine offers, if that is older than a few seconds: a file may have been added."""
+        """Fetch anew what the engine offers, if that is older than a few seconds: a file may have been
+        added.
+        """
         if self._clock() - self._described_at >= DESCRIBE_SECONDS_MIN:
             self._described_at = float("-inf")
             self._soon.set()
@@ -108,7 +123,7 @@ class EngineWatch:
         except EngineError as error:
             self._missed(error)
             return False
-        self._misses = 0
+        self._misses = self._refused = 0
         self.report = report
         # A job of ours that began or ended meanwhile makes the answer say nothing about strangers.
         if self._occupancy() == occupancy:
@@ -162,9 +177,14 @@ class EngineWatch:
     async def _describe(self, report: ProbeReport) -> None:
         """Learn what it offers; a newly found engine must first prove that it computes."""
         fresh = self.state is not EngineState.READY
-        if fresh and report.idle and self._occupancy() % 2 == 0 and not await self.client.canary():
-            self._lose("it answers but computes nothing: its prompt thread is dead; restart it", "zombie")
-            return
+        if fresh and report.idle and self._take_card():
+            try:
+                sings = await self.client.canary()
+            finally:
+                self._give_card()
+            if not sings:
+                self._lose("it answers but computes nothing: its prompt thread is dead; restart it", "zombie")
+                return
         description = await self.client.describe()
         self._described_at = self._clock()
         if not fresh and self.description is not None and description.digest == self.description.digest:
@@ -183,6 +203,15 @@ class EngineWatch:
         self._misses += 1
         if self.state is EngineState.STARTING or self._misses >= self._settings.misses_max:
             self._lose(error.message, error.code)
+        self._refused = self._refused + 1 if is_refused(error) else 0
+        now = self._clock()
+        self._refused_since = now if self._refused <= 1 else self._refused_since
+        is_gone = (
+            self._refused >= REFUSALS_FOR_DEAD and now - self._refused_since >= self._settings.quiet_seconds
+        )
+        if is_gone and self._has_stranger:
+            # A stranger's work went with the process; the card's other engine need not wait for its return.
+            self._set_stranger(False, ())
 
     def _lose(self, why: str, code: str) -> None:
         if self.state is not EngineState.LOST:
@@ -194,10 +223,9 @@ class EngineWatch:
     def _judge_strangers(self, report: ProbeReport, own: frozenset[JobId]) -> None:
         strange = bool(set(report.strange_jobs) - own) or (not report.idle and not own)
         if strange != self._has_stranger:
-            self._has_stranger = strange
-            _log.info(
-                "stranger_seen" if strange else "stranger_gone",
-                engine=self.client.url,
-                jobs=report.strange_jobs,
-            )
-            self._on_stranger(strange)
+            self._set_stranger(strange, report.strange_jobs)
+
+    def _set_stranger(self, seen: bool, jobs: tuple[str, ...]) -> None:
+        self._has_stranger = seen
+        _log.info("stranger_seen" if seen else "stranger_gone", engine=self.client.url, jobs=jobs)
+        self._on_stranger(seen)
