@@ -95,3 +95,15 @@ def test_modules_that_documents_name_exist(root: Path) -> None:
         if "NAME" not in found and not (package / found).exists()
     ]
     assert missing == []
+
+
+def test_the_index_names_every_document(root: Path) -> None:
+    index = (root / "docs/README.md").read_text()
+    written = [path.name for path in sorted((root / "docs").glob("*.md")) if path.name != "README.md"]
+    assert [name for name in written if name not in index] == []
+
+
+def test_the_changelog_names_every_command(root: Path) -> None:
+    """A new command is what a user notices."""
+    changelog = (root / "CHANGELOG.md").read_text()
+    assert [name for name in program.commands if f"`{name}" not in changelog] == []
