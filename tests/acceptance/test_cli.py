@@ -99,6 +99,7 @@ def test_other_commands_used_wrongly(tmp_path: Path, listener: int) -> None:
         (["serv"], 2, "Did you mean 'serve'"),
         (["gpus", "--url", "foo"], 2, "'foo' is no URL of a gateway"),
         (["gpus", "--url", f"http://127.0.0.1:{refused_port()}"], 1, "no gateway at http://127.0.0.1:"),
+        (["wait", "x", "--url", f"http://127.0.0.1:{refused_port()}"], 1, "no gateway at http://127.0.0.1:"),
         (["submit", str(workflow)], 2, "as the editor saves it"),
         (["submit"], 2, "name a workflow file"),
         (["submit", str(tmp_path / "none")], 2, "cannot be read"),

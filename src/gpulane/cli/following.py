@@ -73,10 +73,11 @@ def follow_one(api: ApiClient, job: str) -> Iterator[News]:
     """Follow one job; the last news has `end` or `error`."""
     last_id: str | None = None
     gone_since: float | None = None
+    has_answered = False
     while True:
         try:
             for message in api.stream(job_path(job, "events"), last_id):
-                gone_since, last_id = None, message.id
+                has_answered, gone_since, last_id = True, None, message.id
                 news = _news(job, message)
                 if news is not None:
                     yield news
@@ -89,7 +90,8 @@ def follow_one(api: ApiClient, job: str) -> Iterator[News]:
                 return
         except NoGateway as error:
             gone_since = gone_since or time.monotonic()
-            if time.monotonic() - gone_since > GONE_SECONDS_MAX:
+            # One that has never answered is not being restarted: it is the wrong address.
+            if not has_answered or time.monotonic() - gone_since > GONE_SECONDS_MAX:
                 yield News(job=job, error=error)
                 return
         except GpulaneError as error:

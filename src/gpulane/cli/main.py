@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final, NoReturn
+from typing import Final, NoReturn, cast
 
 import click
 
@@ -101,11 +101,8 @@ def _status(arguments: Sequence[str] | None) -> int:
 def _told(error: GpulaneError | BaseExceptionGroup[BaseException]) -> int:
     """Print an error; one that came out of a task group stands alone inside it."""
     found: BaseException = error
-    while isinstance(found, BaseExceptionGroup):
-        first, *others = found.exceptions
-        if others:
-            break
-        found = first
+    while len(inside := cast("tuple[BaseException, ...]", getattr(found, "exceptions", ()))) == 1:
+        found = inside[0]
     if not isinstance(found, GpulaneError):
         raise error
     return _failed(found.message, found.hint, WRONG_USE if isinstance(found, ConfigError) else FAILED)

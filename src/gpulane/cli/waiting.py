@@ -42,6 +42,8 @@ def await_all(api: ApiClient, jobs: Sequence[str], *, out: Path | None, as_json:
     if out is not None:
         _make_folder(out)
     ended, errors = show_until_ended(api, jobs)
+    if len(jobs) == 1 and errors and errors[0].error is not None:
+        raise errors[0].error
     lines: list[tuple[Job, list[Path]]] = []
     has_failed = bool(errors)
     for job in ended:
