@@ -61,7 +61,7 @@ BAD = [
     Bad(path=PROMPT, body=b"\xff\xfe{}", status=400),
     Bad(path=PROMPT, body=b"null", status=400),
     Bad(path=PROMPT, body=b"[]", status=400),
-    Bad(path=PROMPT, body=b'{"prompt":' + DEEP, status=400),
+    Bad(path=PROMPT, body=b'{"prompt":' + DEEP, status=400, says="nested deeper"),
     Bad(path=PROMPT, body=b'{"prompt":{"1":{"class_type":"SimSlow","inputs":{"steps":NaN}}}}', status=400),
     Bad(path=PROMPT, body=b"{}", status=400, says="prompt"),
     Bad(path=TXT2IMG, body=b"{", status=422),

@@ -168,7 +168,7 @@ def _read(body: bytes, limits: PromptLimits) -> _Wire:
             msgspec.json.decode(body, type=msgspec.Raw)
             raise PromptRefused("no_prompt", "No prompt provided", details="The body is no JSON object.")
         wire = msgspec.json.decode(body, type=_Wire)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PromptRefused("invalid_prompt", "The body is not valid JSON", details=str(error)) from None
     except RecursionError:
         raise _too_deep(limits) from None
