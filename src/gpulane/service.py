@@ -2,8 +2,7 @@
 in order.
 
 Nothing else knows all the parts. A wrong setting, a busy port or a folder that cannot be used ends here as a
-ConfigError, which
-the command line prints as one line.
+ConfigError, which the command line prints as one line.
 """
 
 from __future__ import annotations

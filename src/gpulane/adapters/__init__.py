@@ -2,6 +2,5 @@
 clock, no randomness.
 
 One package per service (`comfyui`, `a1111`, `http`); they never import each other. ComfyUI's word "prompt"
-and A1111's word
-"task" live only in here.
+and A1111's word "task" live only in here.
 """

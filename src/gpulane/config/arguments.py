@@ -1,12 +1,10 @@
 """The command line's short form of gpus.
 
-    GPU    = ENGINE[+ENGINE ...]                             engines joined by + share one card; each
-    argument is one gpu
+    GPU    = ENGINE[+ENGINE ...]            engines joined by + share one card; each argument is one gpu
     ENGINE = [comfyui:|a1111:|http:] (PORT | HOST:PORT | URL)
 
-`7860+8188` is one card with two engines on this machine; `comfyui:gpu7:8188` one ComfyUI on the host gpu7.
-An `http:` that is
-followed by `//` begins a URL, else it names the service.
+`7860+8188` is one card with two engines on this machine; `comfyui:gpu7:8188` one ComfyUI on the host gpu7. An
+`http:` that is followed by `//` begins a URL, else it names the service.
 """
 
 from __future__ import annotations

@@ -16,9 +16,7 @@ and one loop drives them, live or simulated:
     event -> book.apply(event, now) -> decide(book, policy, now) -> decisions -> the shell carries them out
     -> events
 
-`decide` changes nothing. A decision is only a proposal until the store's compare-and-set has accepted it
-(the claim);
-acceptance or refusal comes back as an event. Between proposal and answer the book marks the pair as pending,
-so that it
-is not proposed again. Time is `now`, seconds of one monotonic clock, always passed in.
+`decide` changes nothing. A decision is only a proposal until the store's compare-and-set has accepted it (the
+claim); acceptance or refusal comes back as an event. Between proposal and answer the book marks the pair as
+pending, so that it is not proposed again. Time is `now`, seconds of one monotonic clock, always passed in.
 """

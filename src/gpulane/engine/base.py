@@ -2,12 +2,10 @@
 implementations beside it.
 
 The one rule behind all of it: a gpu is occupied from before the first byte of a job reaches an engine until
-the engine is
-*known* idle. `run`, `follow` and `interrupt` therefore never return because a client left, a timer ran out
-or a socket broke:
-they return when the engine's own word says that it is idle, or with `engine_idle=False` when the engine does
-not answer any
-more; then the gpu stays occupied until probes have answered.
+the engine is *known* idle. `run`, `follow` and `interrupt` therefore never return because a client left, a
+timer ran out or a socket broke: they return when the engine's own word says that it is idle, or with
+`engine_idle=False` when the engine does not answer any more; then the gpu stays occupied until probes have
+answered.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Hands the progress of running attempts from engine clients to whoever listens: front doors, API, dashboard.
 
-Listeners are called at once and must not wait; each keeps its own bounded buffer, so that a slow reader
-stops nobody.
-What is published here is never stored: facts go through the store's events.
+Listeners are called at once and must not wait; each keeps its own bounded buffer, so that a slow reader stops
+nobody. What is published here is never stored: facts go through the store's events.
 """
 
 from __future__ import annotations

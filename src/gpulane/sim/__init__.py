@@ -2,8 +2,7 @@
 faults.
 
 `run(seed)` plays users, store, engines and operators, checks after every event, and returns a Report. The
-same seed gives the same trace, byte for byte. It knows no socket, no store of the product, and no real
-clock.
+same seed gives the same trace, byte for byte. It knows no socket, no store of the product, and no real clock.
 """
 
 from gpulane.sim.run import Faults, Report, Workload, run

@@ -348,8 +348,7 @@ class Store(Protocol):
         """Give the gpu the first candidate that can be had.
 
         OK (job, token) | LOST | BUSY | DRAINING | HOLD | STALE (another boot, or not a gpu this node
-        registered).
-        Of `lowest_f` the band of the claimed job counts.
+        registered). Of `lowest_f` the band of the claimed job counts.
         """
         ...
 
@@ -375,11 +374,9 @@ class Store(Protocol):
         whatever `state`).
 
         Corrects F from what was charged to `used_seconds`. OK (the recorded state) | STALE | UNKNOWN. An
-        expired but unrescued lease does not matter. A *late finish* (the job waits again, or its next
-        attempt is only claimed; the token is that of an attempt it made) ends the job if the outcome is
-        success
-        and is STALE otherwise. `cancelled` that nobody wanted is recorded as failed; a job that ends
-        otherwise
+        expired but unrescued lease does not matter. A *late finish* (the job waits again, or its next attempt
+        is only claimed; the token is that of an attempt it made) ends the job if the outcome is success and
+        is STALE otherwise. `cancelled` that nobody wanted is recorded as failed; a job that ends otherwise
         than its engine said keeps no result.
         """
         ...
@@ -405,8 +402,7 @@ class Store(Protocol):
         """Go on with a started attempt under a new token. OK | GONE | BUSY | UNKNOWN | STALE (boot).
 
         While the job is running under `token`, its lease valid or over; or once it was rescued and waits, if
-        the
-        gpu's slot is empty (BUSY otherwise). The same claim id: the same reply.
+        the gpu's slot is empty (BUSY otherwise). The same claim id: the same reply.
         """
         ...
 

@@ -1,9 +1,8 @@
 """What a machine keeps for itself: who it is, what occupies its gpus, outcomes not recorded yet, what it has
 learned.
 
-Lies beside the queue in the same data folder, and is the same whichever store holds the queue. A gpu's
-record is durable
-before the first byte reaches an engine, and goes only when the engine is known idle (P1).
+Lies beside the queue in the same data folder, and is the same whichever store holds the queue. A gpu's record
+is durable before the first byte reaches an engine, and goes only when the engine is known idle (P1).
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 committed.
 
 A name is used once. A file that no row names is of a submission that was refused or never acknowledged;
-opening the
-store removes it.
+opening the store removes it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """`Store` on a disk of this machine: the same transitions as in memory, durable before anybody is told.
 
 One process owns the data folder. This side lives on the event loop and touches no database: every verb is
-carried to the
-writer thread, and what is large goes through files on the way.
+carried to the writer thread, and what is large goes through files on the way.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """One thread that owns a database: takes everything that came in while the last commit ran, commits it once,
 answers all.
 
-Nothing is answered before its commit. A call that fails does not spoil the others of its batch: what was
-done for them
-is undone and each is done again by itself.
+Nothing is answered before its commit. A call that fails does not spoil the others of its batch: what was done
+for them is undone and each is done again by itself.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What several engines offer as one: checkpoints, samplers, scripts ... merged in the order of the
-settings.
+"""What several engines offer as one: checkpoints, samplers, scripts ... merged in the order of the settings.
 
 That order never changes with an engine's health: clients choose by position (webuiapi's nearest match takes
 the last of equals). Engines that do not answer now keep their names here; whether a job can run is decided

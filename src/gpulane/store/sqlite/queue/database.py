@@ -2,8 +2,7 @@
 told.
 
 Only the writer thread calls anything here. The tables may be ahead of the disk only between two commits;
-`undo` reads
-them from the disk again.
+`undo` reads them from the disk again.
 """
 
 from __future__ import annotations
