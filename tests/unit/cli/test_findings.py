@@ -88,9 +88,9 @@ def test_one_engine_under_two_names() -> None:
 @pytest.mark.parametrize(
     ("keys", "grade"),
     [
-        ([KEY % ("0" * 64, "user")], Grade.NOTE),
-        ([KEY % ("0" * 64, "operator")], Grade.OK),
-        ([KEY % ("0" * 64, "operator")] * 2, Grade.WRONG),
+        ([KEY % ("a" * 64, "user")], Grade.NOTE),
+        ([KEY % ("a" * 64, "operator")], Grade.OK),
+        ([KEY % ("a" * 64, "operator")] * 2, Grade.WRONG),
     ],
 )
 def test_keys(keys: list[str], grade: Grade) -> None:
