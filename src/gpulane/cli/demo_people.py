@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 from uuid import uuid4
 
@@ -79,12 +79,13 @@ PEOPLE: Final = (
 )
 
 
-async def live(url: str, stop: asyncio.Event) -> None:
-    """Let them all work until `stop` is set."""
+async def live(url: str, stop: asyncio.Event, *, gpus: int) -> None:
+    """Let them all work until `stop` is set, with more at one time for more gpus."""
     chance = random.Random(1)
     async with asyncio.TaskGroup() as group:
         for person in PEOPLE:
-            group.create_task(_work(url, person, chance, stop))
+            at_once = person.at_once * max(1, round(gpus / 2))
+            group.create_task(_work(url, replace(person, at_once=at_once), chance, stop))
 
 
 async def _work(url: str, person: Person, chance: random.Random, stop: asyncio.Event) -> None:

@@ -101,7 +101,7 @@ async def run_demo(wishes: DemoWishes) -> None:
         print_lines([("gpulane ready ", ""), (service.addresses["main"], "bold"), *_where(address)])
         async with aiohttp.ClientSession(address) as http:
             await _until_ready(http, stop)
-            people = asyncio.create_task(live(address, stop))
+            people = asyncio.create_task(live(address, stop, gpus=wishes.gpus))
             try:
                 await _show(http, address, judge, stop, wishes.seconds)
             finally:
@@ -206,7 +206,8 @@ def _footer(judge: _Judge, address: str) -> Text:
         ("    overlaps  ", "bold"),
         (str(overlaps), "green" if overlaps == 0 else "bold red"),
         ("    page  ", "bold"),
-        f"{address}/gpulane/",
+        (f"{address}/gpulane/", "underline"),
+        "    Ctrl-C ends",
     )
 
 

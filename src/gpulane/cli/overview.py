@@ -114,7 +114,7 @@ def _bar(job: Job | None, gpu: Gpu) -> RenderableType:
         return Text(gpu.why, style="dim")
     done = share_done(job)
     if done is None:
-        return Text(job.reason.text if job.reason else "", style="dim")
+        return Text("starting", style="dim")
     line = Table.grid(padding=(0, 1))
     line.add_column(width=BAR_COLUMNS)
     line.add_column(justify="right", width=4)

@@ -46,7 +46,7 @@ def settings_options(command: Command) -> Command:
 @click.command()
 @settings_options
 def serve(**given: object) -> None:
-    r"""Serve one address for the engines of these GPUs.
+    """Serve one address for the engines of these GPUs.
 
     \b
     GPU    = ENGINE[+ENGINE ...]    engines joined by + share one card; each argument is one GPU
@@ -55,7 +55,7 @@ def serve(**given: object) -> None:
     For example, two cards with an A1111 and a ComfyUI each: gpulane serve 7860+8188 7861+8189
 
     It says `gpulane ready URL` when it takes requests. Ctrl-C lets running jobs end; once more: at once.
-    """
+    """  # noqa: D301 - click wants the backspace itself
     settings = settings_from(**given)  # type: ignore[arg-type]  # click's values, by the same names
     from gpulane.cli.logs import set_up_logs
     from gpulane.service import serve as run_service

@@ -57,12 +57,12 @@ def submit(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    r"""Submit a ComfyUI workflow in API format (- is standard input), or an A1111 job. Prints the jobs' ids.
+    """Submit a ComfyUI workflow in API format (- is standard input), or an A1111 job. Prints the jobs' ids.
 
     \b
     gpulane submit portrait.json --set KSampler.steps=30 --seeds 1..4 --wait --out pictures
     gpulane submit --a1111 txt2img --set prompt="a fox" --set steps=20 --wait --out pictures
-    """
+    """  # noqa: D301 - click wants the backspace itself
     from gpulane.cli.documents import Job
     from gpulane.cli.output import print_json
 
