@@ -43,6 +43,8 @@ RECORD_KEPT_SECONDS: Final = 0.25
 """How long an idle gpu's record may outlive its attempt, so that the next one's takes its place: a write
 less while an engine waits. A restart in between looks at the engine in vain."""
 
+RESUMED_REST_SECONDS: Final = 0.05
+
 _log = structlog.stdlib.get_logger(__name__)
 
 
@@ -129,9 +131,14 @@ async def _record_end(
     parts = owner.parts
     verdict = _verdict(owner, running, record, outcome)
     result = None if outcome.result is None else _placed(outcome.result, running.engine)
-    reply = await insist(
-        lambda: _tell(parts, running, outcome, verdict, used, result), "the end of an attempt"
-    )
+    while True:
+        token = running.token
+        reply = await insist(
+            lambda: _tell(parts, running, outcome, verdict, used, result), "the end of an attempt"
+        )
+        if reply.code is not Code.STALE or (running.token == token and running.resuming is None):
+            break
+        await asyncio.sleep(RESUMED_REST_SECONDS)  # a resume under way took the token meanwhile
     if reply.code is Code.STALE:
         _log.warning("late_result", job=running.job.id, gpu=owner.id)
     elif verdict.again is None and result is not None and result.artifacts:

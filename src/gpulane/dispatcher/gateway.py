@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -143,10 +143,13 @@ class Gateway:
         """
         self._spool.mkdir(parents=True, exist_ok=True)
         await self._begin_book()
+        # Gpus with earlier work are occupied here, before anything may be decided.
+        quiet_seconds = self._parts.settings.probe.quiet_seconds
+        earlier = await Recovery(self._gpu_parts, self._owners, quiet_seconds=quiet_seconds).begin()
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                await self._begin_work()
+                self._begin_work(earlier)
                 try:
                     yield
                 finally:
@@ -178,11 +181,8 @@ class Gateway:
     def is_ready(self) -> bool:
         return self._intake.is_open
 
-    async def _begin_work(self) -> None:
-        """Gpus with earlier work are occupied first, then anything may be decided."""
-        quiet_seconds = self._parts.settings.probe.quiet_seconds
-        recovery = Recovery(self._gpu_parts, self._owners, quiet_seconds=quiet_seconds)
-        for coroutine in await recovery.begin():
+    def _begin_work(self, earlier: Iterable[Coroutine[object, object, None]]) -> None:
+        for coroutine in earlier:
             self._spawn(coroutine)
         leases = Leases(
             self._store,
@@ -312,6 +312,7 @@ class Gateway:
         task = self._tasks.create_task(_alone(coroutine))
         self._spawned.add(task)
         task.add_done_callback(self._spawned.discard)
+        task.add_done_callback(lambda _: coroutine.close())  # cancelled before its first step
 
     def _retention(self) -> Retention:
         kept = self._parts.settings.retention

@@ -109,6 +109,8 @@ class Leases:
         job = running.job.id
         if code is Code.CANCEL:
             running.cancel()
+        elif running.started_at is None:
+            pass  # `start` will be told the same, and gives the claim back
         elif code is Code.EXPIRED or (code is Code.GONE and running.resuming is not None):
             # While a resume was asked and not answered, GONE may be its doing (fleet.md 12, case 13b).
             resumed = await owner.resume(running)

@@ -48,18 +48,16 @@ class Recovery:
 
         Raises StoreError: a gateway that does not know what its gpus do must not start.
         """
-        found: list[Work] = []
-        node = self._parts.lease.node
-        for active in (await self._parts.store.snapshot()).active:
-            if active.started and active.node == node:
-                found += await self._begin_attempt(active)
-        found += self._begin_records(await self._parts.records.gpu_records())
-        return found
+        node, store = self._parts.lease.node, self._parts.store
+        actives = [a for a in (await store.snapshot()).active if a.started and a.node == node]
+        jobs = [await store.job(active.job.id) for active in actives]
+        records = await self._parts.records.gpu_records()
+        found = [self._begin_attempt(active, job) for active, job in zip(actives, jobs, strict=True)]
+        return [*(work for work in found if work is not None), *self._begin_records(records)]
 
-    async def _begin_attempt(self, active: ActiveJob) -> list[Work]:
-        record = await self._parts.store.job(active.job.id)
+    def _begin_attempt(self, active: ActiveJob, record: JobRecord | None) -> Work | None:
         if record is None or record.engine is None:
-            return []
+            return None
         owner = self._owner_of(active.gpu, record.engine)
         running = Running(
             job=record.job,
@@ -72,10 +70,10 @@ class Recovery:
         )
         if owner is None or not owner.is_quiet:
             # Nobody can follow it any more, or two gpus of earlier settings are one now.
-            return [self._lose(running, record, owner)]
+            return self._lose(running, record, owner)
         owner.occupy(recovering(running), "looking for the job that ran before the restart")
         owner.adopt(running)
-        return [self._settle_attempt(owner, running, record)]
+        return self._settle_attempt(owner, running, record)
 
     def _begin_records(self, records: Iterable[GpuRecord]) -> list[Work]:
         """Records of jobs that are over in the store: their engines may compute them all the same."""
