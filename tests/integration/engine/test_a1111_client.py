@@ -54,6 +54,14 @@ async def test_the_checkpoint_asked_for_is_the_one_that_runs() -> None:
         assert here.sim.options["sd_model_checkpoint"] == CHECKPOINTS[0]
 
 
+async def test_options_that_were_never_saved_are_given_back_too() -> None:
+    async with scene() as here:
+        before = dict(here.sim.options)
+        outcome = await here.run(SMALL | {"override_settings": {"eta_noise_seed_delta": 31337}})
+        assert outcome.state is JobState.SUCCEEDED
+        assert here.sim.options == before, "another account's job would run with them"
+
+
 async def test_another_model_than_asked_for_is_a_failure() -> None:
     async with scene() as here:
         # A checkpoint that was removed after the list was read: the engine takes the current one and says

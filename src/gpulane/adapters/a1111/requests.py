@@ -71,6 +71,8 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     loaded."""
     unknown_loras: tuple[str, ...] = ()
     """Named in the prompt, known to no engine: A1111 renders without them and says nothing."""
+    overrides: tuple[str, ...] = ()
+    """Options that the job sets for its own time."""
 
 
 def recognize(path: str, body: bytes, context: RequestContext) -> Recognized:
@@ -135,6 +137,7 @@ def _generate(endpoint: str, fields: Body, context: RequestContext) -> Recognize
         checkpoint=names.checkpoint,
         leaves_other_model=names.leaves_other_model,
         unknown_loras=names.unknown_loras,
+        overrides=tuple(sorted(settings)),
     )
     return _recognized(
         endpoint,

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+import msgspec
+
 from gpulane.adapters.a1111.catalogue import (
     DOCUMENTS,
     Catalogue,
@@ -20,11 +22,13 @@ from gpulane.adapters.a1111.catalogue import (
     offers,
     read_catalogue,
 )
+from gpulane.adapters.a1111.requests import Meta
 from gpulane.adapters.a1111.status import flavor_of
 from gpulane.core.model import NO_MODEL, EngineUrl, JobId, ModelKey, Service
 from gpulane.engine.a1111.attempt import Attempt
 from gpulane.engine.a1111.looks import Looks, Task
 from gpulane.engine.a1111.pace import Pace
+from gpulane.engine.a1111.pins import Pins
 from gpulane.engine.base import AttemptContext, Description, Found, Outcome, ProbeReport
 from gpulane.engine.control import ControlCalls, StatusError
 from gpulane.errors import EngineError
@@ -56,6 +60,7 @@ class A1111Client:
         self._wire = wire or EngineClient(url, connections_max=JOB_CONNECTIONS_MAX)
         self._calls = ControlCalls(url, timeout_seconds=timeout_seconds)
         self._looks = Looks(self._calls, clock)
+        self._pins = Pins(self._calls)
         self._pace = pace or Pace()
         self._clock = clock
         self._catalogue = Catalogue()
@@ -117,6 +122,8 @@ class A1111Client:
             raise RuntimeError(f"{self._url} already runs {self._running}; asked for {attempt.job.id}")
         self._running = attempt.job.id
         try:
+            if not attempt.cancel_wanted.is_set():
+                await self._pins.pin(msgspec.json.decode(attempt.meta, type=Meta).overrides)
             return await self._attempt(attempt).run()
         finally:
             self._running = None

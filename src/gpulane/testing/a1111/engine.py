@@ -125,6 +125,7 @@ class SimA1111:
         if self.is_forge:
             self.options |= FORGE_OPTIONS
         self.options["sd_model_checkpoint"] = self.checkpoints.files[0]
+        self.saved_options = {"sd_model_checkpoint"}
         self.state = State(clock=time.monotonic)
         self.tasks = TaskTable()
         self._lock = asyncio.Lock()
@@ -369,7 +370,10 @@ class SimA1111:
         checkpoint = overrides.get("sd_model_checkpoint")
         if checkpoint is not None and self.checkpoints.find(checkpoint) is None:
             del overrides["sd_model_checkpoint"]  # silently: the current one it is
-        stored = {name: self.options[name] for name in overrides}
+        before = {name: self.options[name] for name in overrides}  # an unknown one is a KeyError
+        # What nobody ever saved stays as the job sets it (modules/processing.py: `if k in opts.data`).
+        stored = {name: value for name, value in before.items() if name in self.saved_options}
+        self.saved_options.update(overrides)
         outcome = "error"
         try:
             self.options.update(overrides)
@@ -471,7 +475,9 @@ class SimA1111:
         if checkpoint is not None and self.checkpoints.find(checkpoint) is None:
             raise RuntimeError(f"model {checkpoint!r} not found")
         for name, value in body.items():
-            if self.options[name] == value:  # an unknown one is a KeyError
+            is_known = self.options[name] == value  # an unknown one is a KeyError
+            self.saved_options.add(name)
+            if is_known:
                 continue
             self.options[name] = value  # at once, whoever runs
             if name == "sd_model_checkpoint" and not self.is_forge:
