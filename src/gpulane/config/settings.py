@@ -18,6 +18,9 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
+HandoffMode = Literal["auto", "always", "never"]
+
+
 class EngineSettings(_Section, frozen=True):
     """One engine on a gpu."""
 
@@ -34,6 +37,26 @@ class EngineSettings(_Section, frozen=True):
     """For http engines: what is asked to see whether it lives; any answer below 500 will do."""
     listen: str | None = None
     """For http engines: an address of its own whose root is this engine."""
+    handoff: HandoffMode = "auto"
+    """Whether this engine unloads its models before another engine of the card runs: `auto` when both are not known
+    to fit, `always`, or `never`."""
+    unload: str | None = None
+    """For http engines: how to have VRAM given back: `ollama`, `llama-swap`, a request `METHOD /path [JSON body]`, or
+    `run COMMAND`. Default: found by asking; unknown engines cannot be unloaded."""
+    command: str | None = None
+    """Start the engine with this command, restart it when it dies, and stop it with gpulane. Default: it is started by
+    somebody else."""
+    env: dict[str, str] = {}
+    """Variables added to the command's environment."""
+    folder: str | None = None
+    """Working folder of the command."""
+    ready_seconds: float = 300.0
+    """How long the command may take until the engine answers its first probe."""
+    restart: str | None = None
+    """Run this command when the engine hangs, leaks or is a zombie (for engines that gpulane did not start), for
+    instance `systemctl --user restart comfyui`."""
+    stop_to_unload: bool = False
+    """Stop this engine's process to free the card where unloading is not enough (needs `command`)."""
 
 
 class GpuSettings(_Section, frozen=True):
@@ -49,6 +72,8 @@ class GpuSettings(_Section, frozen=True):
     URLs."""
     speed: float = 1.0
     """Relative speed: of two idle warm gpus the faster one is taken."""
+    warm_together: tuple[tuple[str, ...], ...] = ()
+    """Sets of this card's engines (by port, URL or service) that may keep their models at the same time: no unload between them."""
 
 
 class KeySettings(_Section, frozen=True):
@@ -121,6 +146,38 @@ class ProbeSettings(_Section, frozen=True):
     job."""
 
 
+class HandoffSettings(_Section, frozen=True):
+    """Giving a card from one engine to another: commanded, then measured."""
+
+    unload_seconds: float = 30.0
+    """How long memory may take to come free after an unload was acknowledged."""
+    acknowledge_seconds: float = 15.0
+    """How long an engine may take to acknowledge an unload."""
+    margin_gib: float = 0.5
+    """Free memory beyond a job's known need before it starts."""
+    when_leaking: Literal["run", "skip", "restart"] = "run"
+    """When memory does not come free after a second try: run anyway, leave the gpu alone until it has, or restart the
+    leaking engine (its `restart` or `command`)."""
+    idle_unload_seconds: float | None = None
+    """Unload an engine that has had no job for so long. Default: never."""
+
+
+class HealthSettings(_Section, frozen=True):
+    """When something hangs or keeps failing."""
+
+    hung_factor: float = 6.0
+    """A job may take so many times its expected time, at least `hung_seconds_min`, without any progress ..."""
+    hung_seconds_min: float = 300.0
+    """... before it is interrupted; the trace's longest job took 567 s, its 99th percentile 106 s."""
+    hung_interrupt_seconds: float = 60.0
+    """How long an interrupted hung job may take to stop, before its engine counts as hung and is restarted or lost."""
+    failures_pause: int = 5
+    """So many failed attempts in a row, whatever the jobs, pause a gpu."""
+    pause_seconds: float = 30.0
+    """The first such pause; doubled each time one trial job fails again."""
+    pause_seconds_max: float = 900.0
+
+
 class RetrySettings(_Section, frozen=True):
     """When an attempt fails."""
 
@@ -179,5 +236,7 @@ class Settings(_Section, frozen=True):
     hold: HoldSettings = HoldSettings()
     probe: ProbeSettings = ProbeSettings()
     retry: RetrySettings = RetrySettings()
+    handoff: HandoffSettings = HandoffSettings()
+    health: HealthSettings = HealthSettings()
     scheduling: SchedulingSettings = SchedulingSettings()
     log: LogSettings = LogSettings()

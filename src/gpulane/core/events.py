@@ -219,6 +219,33 @@ class EngineLost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLeaking:
+    """An engine did not give its VRAM back when told to, twice (`leaking`), or has done so since (False)."""
+
+    engine: EngineUrl
+    leaking: bool
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VramMeasured:
+    """A job of this model needed so much of the card at its peak, other engines' memory left out."""
+
+    gpu: GpuId
+    service: Service
+    model: ModelKey
+    bytes_peak: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineUnloaded:
+    """An engine of the gpu was told to unload, and the memory was seen to come free."""
+
+    gpu: GpuId
+    engine: EngineUrl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuOccupied:
     """A gpu is occupied for a reason other than a claim: a stranger's work, recovery after a restart, an
     orphan, a hand-off.
@@ -298,6 +325,9 @@ LocalEvent = (
     | GpuRemoved
     | EngineReady
     | EngineLost
+    | EngineLeaking
+    | EngineUnloaded
+    | VramMeasured
     | GpuOccupied
     | GpuFreed
     | ModelSeen

@@ -43,6 +43,8 @@ class Service(StrEnum):
     """AUTOMATIC1111, Forge, SD.Next: whatever answers /sdapi/v1."""
     HTTP = "http"
     """Any HTTP server whose job paths the settings name."""
+    LOCK = "lock"
+    """Any other program, for as long as it holds the gpu (`gpulane lock`). Every gpu has one such engine."""
 
 
 class Band(IntEnum):

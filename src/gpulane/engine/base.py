@@ -145,6 +145,14 @@ class Description:
     """Digest of what it offers: changes exactly when that changes."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vram:
+    """Memory of the whole card as one engine or the driver tells it. Unknown is None, never zero."""
+
+    bytes_free: int | None = None
+    bytes_total: int | None = None
+
+
 class ServiceClient(Protocol):
     """One engine. Implementations: ComfyUIClient, A1111Client, HttpServiceClient."""
 
@@ -176,6 +184,22 @@ class ServiceClient(Protocol):
 
     async def describe(self) -> Description:
         """Fetch what it is and offers. Raises EngineError."""
+        ...
+
+    async def unload(self) -> None:
+        """Command the engine to give its VRAM back; returns when it has acknowledged.
+
+        The acknowledgment says nothing: the caller measures. Never sent while anything runs in the engine. Raises
+        EngineError, also for an engine that cannot be told (code `cannot_unload`).
+        """
+        ...
+
+    async def make_loadable(self) -> None:
+        """Send what a job after an `unload` needs first (A1111: reload-checkpoint). Does nothing elsewhere."""
+        ...
+
+    async def vram(self) -> Vram:
+        """Measure the memory of the engine's card. Raises EngineError when it does not answer."""
         ...
 
     async def canary(self) -> bool:
