@@ -30,8 +30,10 @@ from platformdirs import user_data_path
 
 from gpulane.config import EngineSettings, GpuSettings, Settings
 from gpulane.config.parse import is_loopback, listen_address
+from gpulane.config.unloading import Unload, parse_unload
 from gpulane.core.model import ClaimId, Engine, EngineUrl, Gpu, GpuId, JobId, NodeId, Service
 from gpulane.core.policy import Policy
+from gpulane.dispatcher.cardlock import CardLock
 from gpulane.dispatcher.gateway import Gateway, GatewayParts
 from gpulane.dispatcher.locks import GpuLocks
 from gpulane.engine.a1111 import A1111Client
@@ -40,6 +42,7 @@ from gpulane.engine.base import ServiceClient
 from gpulane.engine.comfyui import ComfyUIClient, Timings
 from gpulane.engine.detect import detect
 from gpulane.engine.http import HttpServiceClient
+from gpulane.engine.lock import Grants, LockClient, lock_url
 from gpulane.errors import ConfigError, StoreError
 from gpulane.store.base import Store
 from gpulane.store.memory import MemoryStore
@@ -123,18 +126,28 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         except StoreError as error:
             raise ConfigError(f"data folder {data_folder}: {error.message}", hint=error.hint) from error
         gpus = await _gpus(settings, node, node_store)
-        locks = GpuLocks(Path(settings.lock_dir) if settings.lock_dir else data_folder / "locks")
+        lock_folder = Path(settings.lock_dir) if settings.lock_dir else data_folder / "locks"
+        locks = GpuLocks(lock_folder)
         stack.callback(locks.release)
         for gpu in gpus:
             locks.own(gpu.name)
+        card_locks = {gpu.id: _card_lock(gpu, lock_folder, settings, stack) for gpu in gpus}
+        grants = Grants()
         wires = {
             engine.url: EngineClient(engine.url, connections_max=ENGINE_CONNECTIONS_MAX)
             for gpu in gpus
             for engine in gpu.engines
+            if engine.service is not Service.LOCK
         }
         for wire in wires.values():
             stack.push_async_callback(wire.close)
-        clients = {engine.url: _client(engine, settings) for gpu in gpus for engine in gpu.engines}
+        clients = {
+            engine.url: _client(engine, settings)
+            for gpu in gpus
+            for engine in gpu.engines
+            if engine.service is not Service.LOCK
+        }
+        clients |= {lock_url(gpu.id): LockClient(gpu, card_locks[gpu.id], grants) for gpu in gpus}
         gateway = Gateway(
             GatewayParts(
                 settings=settings,
@@ -153,7 +166,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             )
         )
         await stack.enter_async_context(gateway.running())
-        addresses = await _listen(settings, listeners, gateway, node_store, data_folder, stack)
+        addresses = await _listen(settings, listeners, gateway, grants, node_store, data_folder, stack)
         yield Running(gateway=gateway, addresses=addresses)
 
 
@@ -268,11 +281,23 @@ def _gpu(host: str, name: str, gpu: GpuSettings, node: NodeId, services: dict[st
         node=node,
         name=name,
         uuid=gpu.uuid or _digest_uuid(node, [engine.url for engine in engines]),
-        engines=tuple(engines),
+        engines=(*engines, Engine(url=lock_url(GpuId(f"{host}/{name}")), service=Service.LOCK)),
         vram_bytes=None if gpu.vram_gib is None else int(gpu.vram_gib * GIB),
         labels=frozenset(gpu.labels),
         speed=gpu.speed,
     )
+
+
+def _card_lock(
+    gpu: Gpu, folder: Path, settings: Settings, stack: contextlib.AsyncExitStack
+) -> CardLock:
+    """Open a gpu's lock file. Raises ConfigError where jobs are to hold it and it cannot be used."""
+    lock = CardLock(folder / f"{gpu.name}.lock", takes_part=settings.lock_dir is not None)
+    stack.callback(lock.close)
+    why = lock.unusable()
+    if why is not None:
+        raise ConfigError(f"{why}; see lock_dir")
+    return lock
 
 
 def _digest_uuid(node: NodeId, urls: list[EngineUrl]) -> str:
@@ -285,35 +310,54 @@ def _digest_uuid(node: NodeId, urls: list[EngineUrl]) -> str:
 
 
 def _client(engine: Engine, settings: Settings) -> ServiceClient:
+    acknowledge_seconds = settings.handoff.acknowledge_seconds
     match engine.service:
         case Service.COMFYUI:
             timings = Timings(
                 request_seconds=settings.probe.timeout_seconds,
                 quiet_seconds=settings.probe.quiet_seconds,
                 zombie_seconds=settings.probe.canary_after_seconds,
+                acknowledge_seconds=acknowledge_seconds,
             )
             return ComfyUIClient(engine.url, timings=timings)
         case Service.A1111:
             pace = Pace(quiet_seconds=settings.probe.quiet_seconds)
-            return A1111Client(engine.url, timeout_seconds=settings.probe.timeout_seconds, pace=pace)
+            return A1111Client(
+                engine.url,
+                timeout_seconds=settings.probe.timeout_seconds,
+                acknowledge_seconds=acknowledge_seconds,
+                pace=pace,
+            )
         case Service.HTTP:
+            said = _said_of(engine.url, settings)
             return HttpServiceClient(
                 engine.url,
                 name=engine.name,
-                probe_path=_probe_path(engine.url, settings),
+                probe_path=said.probe_path,
+                unload=_unload_of(said),
                 timeout_seconds=settings.probe.timeout_seconds,
+                acknowledge_seconds=acknowledge_seconds,
             )
+        case Service.LOCK:
+            raise AssertionError(f"{engine.url} is made with its gpu's lock file")
 
 
-def _probe_path(url: EngineUrl, settings: Settings) -> str:
+def _unload_of(engine: EngineSettings) -> Unload | None:
+    if engine.unload is None:
+        return None
+    return parse_unload(engine.unload, env=engine.env, folder=engine.folder)
+
+
+def _said_of(url: EngineUrl, settings: Settings) -> EngineSettings:
     engines = [engine for gpu in settings.gpus.values() for engine in gpu.engines]
-    return next(e.probe_path for e in engines if isinstance(e, EngineSettings) and e.url == url)
+    return next(e for e in engines if isinstance(e, EngineSettings) and e.url == url)
 
 
 async def _listen(
     settings: Settings,
     listeners: list[_Listener],
     gateway: Gateway,
+    grants: Grants,
     node_store: NodeStore,
     folder: Path,
     stack: contextlib.AsyncExitStack,
@@ -323,6 +367,7 @@ async def _listen(
         jobs=gateway,
         engines=gateway,
         values=node_store,
+        grants=grants,
         data_folder=folder,
         new_job_id=lambda: JobId(str(uuid.uuid4())),
     )

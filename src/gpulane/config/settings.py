@@ -38,14 +38,14 @@ class EngineSettings(_Section, frozen=True):
     listen: str | None = None
     """For http engines: an address of its own whose root is this engine."""
     handoff: HandoffMode = "auto"
-    """Whether this engine unloads its models before another engine of the card runs: `auto` when both are not known
-    to fit, `always`, or `never`."""
+    """Whether this engine unloads its models before another engine of the card runs: `auto` when both are not
+    known to fit, `always`, or `never`."""
     unload: str | None = None
-    """For http engines: how to have VRAM given back: `ollama`, `llama-swap`, a request `METHOD /path [JSON body]`, or
-    `run COMMAND`. Default: found by asking; unknown engines cannot be unloaded."""
+    """For http engines: how to have VRAM given back: `ollama`, `llama-swap`, a request `METHOD /path [JSON
+    body]`, or `run COMMAND`. Default: found by asking; unknown engines cannot be unloaded."""
     command: str | None = None
-    """Start the engine with this command, restart it when it dies, and stop it with gpulane. Default: it is started by
-    somebody else."""
+    """Start the engine with this command, restart it when it dies, and stop it with gpulane. Default: it is
+    started by somebody else."""
     env: dict[str, str] = {}
     """Variables added to the command's environment."""
     folder: str | None = None
@@ -53,8 +53,11 @@ class EngineSettings(_Section, frozen=True):
     ready_seconds: float = 300.0
     """How long the command may take until the engine answers its first probe."""
     restart: str | None = None
-    """Run this command when the engine hangs, leaks or is a zombie (for engines that gpulane did not start), for
-    instance `systemctl --user restart comfyui`."""
+    """Run this command when the engine hangs, leaks or is a zombie (for engines that gpulane did not start),
+    for instance `systemctl --user restart comfyui`."""
+    gpus: tuple[str, ...] = ()
+    """Names of all gpus that this engine computes on, where they are more than the one that it stands under.
+    Refused until dispatching for more than one card is there."""
     stop_to_unload: bool = False
     """Stop this engine's process to free the card where unloading is not enough (needs `command`)."""
 
@@ -68,12 +71,13 @@ class GpuSettings(_Section, frozen=True):
     labels: tuple[str, ...] = ()
     """Words that jobs can ask for."""
     uuid: str | None = None
-    """The driver's UUID of the card; recommended where a driver exists. Default: a digest of the engines'
-    URLs."""
+    """The driver's UUID of the card, as `gpulane check` prints it: with it the driver measures the card. It is
+    never guessed from the order of cards. Default: a digest of the engines' URLs, and no driver is asked."""
     speed: float = 1.0
     """Relative speed: of two idle warm gpus the faster one is taken."""
     warm_together: tuple[tuple[str, ...], ...] = ()
-    """Sets of this card's engines (by port, URL or service) that may keep their models at the same time: no unload between them."""
+    """Sets of this card's engines (by port, URL or service) that may keep their models at the same time: no
+    unload between them."""
 
 
 class KeySettings(_Section, frozen=True):
@@ -156,8 +160,8 @@ class HandoffSettings(_Section, frozen=True):
     margin_gib: float = 0.5
     """Free memory beyond a job's known need before it starts."""
     when_leaking: Literal["run", "skip", "restart"] = "run"
-    """When memory does not come free after a second try: run anyway, leave the gpu alone until it has, or restart the
-    leaking engine (its `restart` or `command`)."""
+    """When memory does not come free after a second try: run anyway, leave the gpu alone until it has, or
+    restart the leaking engine (its `restart` or `command`)."""
     idle_unload_seconds: float | None = None
     """Unload an engine that has had no job for so long. Default: never."""
 
@@ -166,11 +170,12 @@ class HealthSettings(_Section, frozen=True):
     """When something hangs or keeps failing."""
 
     hung_factor: float = 6.0
-    """A job may take so many times its expected time, at least `hung_seconds_min`, without any progress ..."""
+    """A job may take so many times its expected time, at least `hung_seconds_min`, without progress ..."""
     hung_seconds_min: float = 300.0
     """... before it is interrupted; the trace's longest job took 567 s, its 99th percentile 106 s."""
     hung_interrupt_seconds: float = 60.0
-    """How long an interrupted hung job may take to stop, before its engine counts as hung and is restarted or lost."""
+    """How long an interrupted hung job may take to stop, before its engine counts as hung and is restarted or
+    lost."""
     failures_pause: int = 5
     """So many failed attempts in a row, whatever the jobs, pause a gpu."""
     pause_seconds: float = 30.0

@@ -26,6 +26,10 @@ REFUSED: Final = "connect_refused"
 """Code of an EngineError: no process listens at the address."""
 UNREACHABLE: Final = "unreachable"
 """Code of an EngineError: no connection came about, which proves nothing of the engine."""
+CANNOT_UNLOAD: Final = "cannot_unload"
+"""Code of an EngineError: nothing is known that would make this engine give its memory back."""
+BUSY: Final = "engine_busy"
+"""Code of an EngineError: an order for an idle engine was not sent, since something runs there."""
 
 
 def is_refused(error: EngineError) -> bool:
@@ -189,13 +193,17 @@ class ServiceClient(Protocol):
     async def unload(self) -> None:
         """Command the engine to give its VRAM back; returns when it has acknowledged.
 
-        The acknowledgment says nothing: the caller measures. Never sent while anything runs in the engine. Raises
-        EngineError, also for an engine that cannot be told (code `cannot_unload`).
+        The acknowledgment says nothing: the caller measures. Never sent while anything runs in the engine
+        (code `engine_busy`). Raises EngineError, also for an engine that cannot be told (`cannot_unload`).
         """
         ...
 
     async def make_loadable(self) -> None:
-        """Send what a job after an `unload` needs first (A1111: reload-checkpoint). Does nothing elsewhere."""
+        """Send what a job after an `unload` needs first (A1111: reload-checkpoint). Does nothing elsewhere.
+
+        Sends nothing when nothing is needed, so it may be called before any job. Never sent while anything
+        runs (`engine_busy`). Raises EngineError.
+        """
         ...
 
     async def vram(self) -> Vram:

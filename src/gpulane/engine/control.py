@@ -50,31 +50,41 @@ class ControlCalls:
         self.url = url
         self.headers = authorization(url)
         self._timeout_seconds = timeout_seconds
-        timeouts = Timeouts(
-            connect_seconds=timeout_seconds, first_byte_seconds=timeout_seconds, idle_seconds=timeout_seconds
-        )
-        self._wire = EngineClient(url, connections_max=CONNECTIONS_MAX, timeouts=timeouts)
+        self._wire = EngineClient(url, connections_max=CONNECTIONS_MAX)
 
     async def close(self) -> None:
         await self._wire.close()
 
+    def _timeouts(self, limit: float) -> Timeouts:
+        connect = min(limit, self._timeout_seconds)
+        return Timeouts(connect_seconds=connect, first_byte_seconds=limit, idle_seconds=limit)
+
     async def fetch(
-        self, method: str, target: str, body: bytes | None = None, *, fresh: bool = False
+        self,
+        method: str,
+        target: str,
+        body: bytes | None = None,
+        *,
+        fresh: bool = False,
+        seconds: float | None = None,
     ) -> tuple[int, bytes]:
         """Make one call; returns status and body. Raises EngineError when there is no whole answer in
-        time.
+        time: `seconds`, for what takes another time than a question.
         """
+        limit = seconds or self._timeout_seconds
         headers: list[tuple[str, str]] = [("Accept", "application/json"), ("Accept-Encoding", "identity")]
         headers.extend(self.headers)
         if body is not None:
             headers.append(("Content-Type", "application/json"))
         try:
-            async with asyncio.timeout(self._timeout_seconds):
-                response = await self._wire.request(method, target, headers, body, fresh=fresh)
+            async with asyncio.timeout(limit):
+                response = await self._wire.request(
+                    method, target, headers, body, timeouts=self._timeouts(limit), fresh=fresh
+                )
                 async with response:
                     return response.status, await response.read(ANSWER_BYTES_MAX)
         except TimeoutError:
-            message = f"{self.url} did not answer {target} within {self._timeout_seconds:g} s"
+            message = f"{self.url} did not answer {target} within {limit:g} s"
             raise named(EngineError(message), "timeout") from None
         except WireError as error:
             raise named(error, code_of(error)) from error

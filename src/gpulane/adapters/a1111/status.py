@@ -19,6 +19,8 @@ TASK_PROGRESS: Final = "/internal/progress"
 PENDING_TASKS: Final = "/internal/pending-tasks"
 MEMORY: Final = "/sdapi/v1/memory"
 INTERRUPT: Final = "/sdapi/v1/interrupt"
+UNLOAD: Final = "/sdapi/v1/unload-checkpoint"
+RELOAD: Final = "/sdapi/v1/reload-checkpoint"
 
 
 class State(msgspec.Struct, frozen=True):
@@ -75,6 +77,13 @@ class Memory(msgspec.Struct, frozen=True):
         try:
             system = msgspec.convert(self.cuda.get("system"), dict[str, float])
             return int(system["free"]), int(system["total"])
+        except (msgspec.ValidationError, KeyError):
+            return None
+
+    def held(self) -> int | None:
+        """Bytes that the engine itself holds in tensors on the card."""
+        try:
+            return int(msgspec.convert(self.cuda.get("allocated"), dict[str, float])["current"])
         except (msgspec.ValidationError, KeyError):
             return None
 

@@ -29,8 +29,9 @@ from gpulane.engine.a1111.attempt import Attempt
 from gpulane.engine.a1111.looks import Looks, Task
 from gpulane.engine.a1111.pace import Pace
 from gpulane.engine.a1111.pins import Pins
-from gpulane.engine.base import AttemptContext, Description, Found, Outcome, ProbeReport
-from gpulane.engine.control import ControlCalls, StatusError
+from gpulane.engine.a1111.unloading import Unloading
+from gpulane.engine.base import BUSY, AttemptContext, Description, Found, Outcome, ProbeReport, Vram
+from gpulane.engine.control import ControlCalls, StatusError, named
 from gpulane.errors import EngineError
 from gpulane.wire import EngineClient
 
@@ -49,6 +50,7 @@ class A1111Client:
         wire: EngineClient | None = None,
         *,
         timeout_seconds: float = 10.0,
+        acknowledge_seconds: float = 15.0,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -61,6 +63,7 @@ class A1111Client:
         self._calls = ControlCalls(url, timeout_seconds=timeout_seconds)
         self._looks = Looks(self._calls, clock)
         self._pins = Pins(self._calls)
+        self._unloading = Unloading(self._calls, acknowledge_seconds=acknowledge_seconds)
         self._pace = pace or Pace()
         self._clock = clock
         self._catalogue = Catalogue()
@@ -103,14 +106,37 @@ class A1111Client:
             message = f"{self._url} has no /sdapi: start the webui with --api"
             raise EngineError(message)
         self._catalogue = read_catalogue(documents)
+        flavor = flavor_of(documents)
+        self._unloading.described(flavor)
         return Description(
             service=Service.A1111,
-            flavor=flavor_of(documents),
+            flavor=flavor,
             version=self._version,
             offers=offers(self._catalogue),
             documents=documents,
             digest=digest(documents),
         )
+
+    async def unload(self) -> None:
+        """Have the checkpoint taken off the card; it stays in RAM, so a next job needs less than a load."""
+        await self._must_be_idle()
+        await self._unloading.unload()
+        self._looks.forget_memory()
+
+    async def make_loadable(self) -> None:
+        """Have the checkpoint put back on the card, where an unload of ours took it off."""
+        if await self._unloading.needs_reload():
+            await self._must_be_idle()
+            await self._unloading.make_loadable()
+
+    async def vram(self) -> Vram:
+        """Measure the card."""
+        return await self._unloading.vram()
+
+    async def _must_be_idle(self) -> None:
+        report = await self.probe(frozenset(), fresh=True)
+        if not report.idle:
+            raise named(EngineError(f"{self._url} is at work: it is not unloaded now", sent=False), BUSY)
 
     async def canary(self) -> bool:
         """No proof short of rendering a picture exists."""
@@ -178,6 +204,7 @@ class A1111Client:
 
     def _proved(self, name: str, version: str, asked: ModelKey) -> ModelKey:
         """Learn from an answer what is loaded now; returns it as the key jobs would ask for."""
+        self._unloading.proved()
         self._version = version or self._version
         if asked:
             self._loaded = asked

@@ -124,6 +124,10 @@ class Looks:
         self._has_tables = None
         self._pending_since.clear()
 
+    def forget_memory(self) -> None:
+        """The card is measured again at the next probe."""
+        self._memory_at = float("-inf")
+
     async def _pending(self, *, fresh: bool) -> tuple[str, ...]:
         try:
             found = await self._calls.ask(PendingTasks, PENDING_TASKS, fresh=fresh)

@@ -17,14 +17,15 @@ from gpulane.adapters.comfyui.messages import Message, Place
 from gpulane.adapters.comfyui.prompt import PromptMeta, read_meta, with_client_id
 from gpulane.adapters.comfyui.result import Verdict, read_entry
 from gpulane.core.model import EngineUrl, JobId, Service
-from gpulane.engine.base import AttemptContext, Description, Found, Outcome, ProbeReport
+from gpulane.engine.base import BUSY, AttemptContext, Description, Found, Outcome, ProbeReport, Vram
 from gpulane.engine.comfyui import outcome as outcomes
 from gpulane.engine.comfyui.api import Answer, EngineApi
-from gpulane.engine.comfyui.description import Vram, describe, read_vram
+from gpulane.engine.comfyui.description import describe, read_vram
 from gpulane.engine.comfyui.events import EventSocket
-from gpulane.engine.comfyui.orders import Canary, erase, interrupt
+from gpulane.engine.comfyui.orders import Canary, erase, interrupt, unload
 from gpulane.engine.comfyui.timings import Timings
 from gpulane.engine.comfyui.watch import Ending, Watch
+from gpulane.engine.control import named
 from gpulane.errors import EngineError
 
 REFUSED = frozenset({400, 401, 403, 404, 405, 407, 411, 413, 414, 415, 421, 429, 431})
@@ -51,7 +52,7 @@ class ComfyUIClient:
         self._watches: dict[JobId, Watch] = {}
         self._reader: asyncio.Task[None] | None = None
         self._is_socket_suspect = False
-        self._vram = Vram(bytes_free=None, bytes_total=None)
+        self._vram = Vram()
         self._vram_at: float | None = None
 
     @property
@@ -114,8 +115,11 @@ class ComfyUIClient:
     async def _refresh_vram(self) -> None:
         now = time.monotonic()
         if self._vram_at is None or now - self._vram_at >= self._timings.vram_seconds:
-            self._vram = read_vram(await self._api.get("/system_stats"))
+            self._vram = await self.vram()
             self._vram_at = now
+
+    async def vram(self) -> Vram:
+        return read_vram(await self._api.get("/system_stats"))
 
     async def describe(self) -> Description:
         return await describe(self._api)
@@ -152,6 +156,15 @@ class ComfyUIClient:
 
     async def interrupt(self, job: JobId) -> None:
         await interrupt(self._api, job)
+
+    async def unload(self) -> None:
+        if self._watches:
+            raise named(EngineError(f"{self._api.name} runs a job: it is not unloaded now", sent=False), BUSY)
+        await unload(self._api, seconds=self._timings.acknowledge_seconds)
+        self._vram_at = None
+
+    async def make_loadable(self) -> None:
+        """Nothing: it loads what a prompt needs."""
 
     # --- running
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from hashlib import sha256
 from urllib.parse import quote
 
@@ -11,21 +10,16 @@ import msgspec
 
 from gpulane.adapters.comfyui.catalog import as_dict, as_list, read_catalog
 from gpulane.core.model import Service
-from gpulane.engine.base import Description
+from gpulane.engine.base import Description, Vram
 from gpulane.engine.comfyui.api import EngineApi
 from gpulane.errors import EngineError
 
 FOLDERS_MAX = 200
 AT_ONCE_MAX = 4
 """Documents asked for at one time: /object_info alone blocks the engine's loop for 200 ms."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vram:
-    """Memory of the engine's card, as the engine tells it."""
-
-    bytes_free: int | None
-    bytes_total: int | None
+CARDS = frozenset({"cuda", "xpu", "npu", "mlu"})
+"""Types of devices whose numbers are a driver's. ROCm calls itself cuda; of a cpu and mps they are the RAM's,
+and DirectML's are made up (comfy/model_management.py, get_free_memory)."""
 
 
 async def describe(api: EngineApi) -> Description:
@@ -81,14 +75,20 @@ async def _model_lists(api: EngineApi, models: bytes) -> dict[str, bytes]:
 
 
 def read_vram(system_stats: bytes) -> Vram:
-    """Read the first device of /system_stats; the engine tells of its current one only."""
+    """Read the first device of /system_stats; the engine tells of its current one only.
+
+    Its `vram_free` counts as free what torch keeps cached inside the engine, which no other program can use;
+    what the driver calls free is without it.
+    """
     try:
         devices = as_list(as_dict(msgspec.json.decode(system_stats)).get("devices"))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         devices = []
     device = as_dict(devices[0]) if devices else {}
-    free, total = device.get("vram_free"), device.get("vram_total")
-    return Vram(
-        bytes_free=free if isinstance(free, int) else None,
-        bytes_total=total if isinstance(total, int) else None,
-    )
+    total, free, cached = (device.get(name) for name in ("vram_total", "vram_free", "torch_vram_free"))
+    if device.get("type") not in CARDS or not isinstance(total, int) or total <= 0:
+        return Vram()
+    if not isinstance(free, int):
+        return Vram(bytes_total=total)
+    kept = cached if isinstance(cached, int) else 0
+    return Vram(bytes_free=max(0, free - kept), bytes_total=total)

@@ -1,4 +1,4 @@
-"""Orders to a ComfyUI that concern one job: stop it, forget it, prove that it can still compute."""
+"""Orders to a ComfyUI: stop a job, forget it, prove that it can still compute, give the memory back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import uuid
 
 from gpulane.adapters.comfyui.result import Verdict, read_entry
 from gpulane.core.model import JobId
+from gpulane.engine.base import BUSY, CANNOT_UNLOAD
 from gpulane.engine.comfyui.api import EngineApi
+from gpulane.engine.control import StatusError, named
 from gpulane.errors import EngineError
 
 ERASE_TRIES = 5
 ERASE_REST_SECONDS = 0.05
 CANARY_POLL_SECONDS = 0.05
+FREE = b'{"unload_models":true,"free_memory":true}'
 
 
 async def interrupt(api: EngineApi, job: JobId) -> None:
@@ -28,6 +31,22 @@ async def interrupt(api: EngineApi, job: JobId) -> None:
         answer = await api.order(target, value)
         if answer.status != 200:
             raise EngineError(f"{api.name} answered {answer.status} to POST {target}")
+
+
+async def unload(api: EngineApi, *, seconds: float) -> None:
+    """Have all models and the cache of node outputs dropped. Raises EngineError.
+
+    Both are named: an empty body is answered 200 and does nothing, and unloading models alone would leave
+    what the cache holds. Acknowledged at once; an idle engine obeys within moments.
+    """
+    queue = await api.queue(fresh=True)
+    if not queue.is_empty:
+        raise named(EngineError(f"{api.name} is at work: it is not unloaded now", sent=False), BUSY)
+    answer = await api.ask("POST", "/free", body=FREE, seconds=seconds)
+    if answer.status in {404, 405}:
+        raise named(EngineError(f"{api.name} has no /free: it cannot be told to unload"), CANNOT_UNLOAD)
+    if answer.status != 200:
+        raise StatusError(f"{api.name} answered {answer.status} to POST /free", status=answer.status)
 
 
 async def erase(api: EngineApi, job: str) -> None:

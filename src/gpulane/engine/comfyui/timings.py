@@ -13,6 +13,8 @@ class Timings:
     """One control call. Answers after 1 s were seen of an engine that imports a model."""
     submit_seconds: float = 120.0
     """POST /prompt: a large body over a slow line, and validation that reads files."""
+    acknowledge_seconds: float = 15.0
+    """POST /free is answered at once, by an engine whose loop is not held up."""
     socket_seconds: float = 2.0
     """A job waits so long for the event socket, then goes without it: looking alone suffices."""
     poll_first_seconds: float = 1.0

@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from gpulane.config.unloading import Unload
 from gpulane.core.model import (
     NO_MODEL,
     EngineUrl,
@@ -25,6 +26,7 @@ from gpulane.core.model import (
     Service,
 )
 from gpulane.engine.base import (
+    BUSY,
     AnswerSink,
     AttemptContext,
     Description,
@@ -32,8 +34,10 @@ from gpulane.engine.base import (
     Outcome,
     ProbeReport,
     RecordedResult,
+    Vram,
 )
-from gpulane.engine.control import ControlCalls, StatusError
+from gpulane.engine.control import ControlCalls, StatusError, named
+from gpulane.engine.http.unloading import Unloading
 from gpulane.errors import EngineError, GpulaneError
 from gpulane.wire import EngineClient, EngineResponse, RefusedRequest, Timeouts, WireError
 
@@ -57,16 +61,21 @@ class HttpServiceClient:
         *,
         name: str = "",
         probe_path: str = "/",
+        unload: Unload | None = None,
         timeout_seconds: float = 10.0,
+        acknowledge_seconds: float = 15.0,
         poll_seconds: float = POLL_SECONDS,
         silent_seconds_max: float = SILENT_SECONDS_MAX,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`name`: which requests are for it (`/svc/NAME/`). `wire`: the connections that jobs go over."""
+        """`name`: which requests are for it (`/svc/NAME/`). `wire`: the connections that jobs go over.
+        `unload`: how it gives its memory back; None: found by asking.
+        """
         self._url = url
         self._own_wire = wire is None
         self._wire = wire or EngineClient(url, connections_max=JOB_CONNECTIONS_MAX)
         self._calls = ControlCalls(url, timeout_seconds=timeout_seconds)
+        self._unloading = Unloading(self._calls, unload, acknowledge_seconds=acknowledge_seconds)
         self._offers = frozenset({f"http:{name}"}) if name else None
         self._probe_path = probe_path
         self._poll_seconds = poll_seconds
@@ -116,6 +125,19 @@ class HttpServiceClient:
             documents=documents,
             digest=digest,
         )
+
+    async def unload(self) -> None:
+        """Have it give its memory back. Whether anything but our own request runs there cannot be known."""
+        if self._running is not None:
+            raise named(EngineError(f"{self._url} runs a job: it is not unloaded now", sent=False), BUSY)
+        await self._unloading.unload()
+
+    async def make_loadable(self) -> None:
+        """Nothing: such a server loads what a request names."""
+
+    async def vram(self) -> Vram:
+        """No such server tells of the whole card; Ollama's /api/ps tells of its own models alone."""
+        return Vram()
 
     async def canary(self) -> bool:
         """No proof exists."""

@@ -1,0 +1,72 @@
+"""Runs a program that the settings name, for a bounded time, without a shell. When its time is over it is
+killed with everything it started; what it left running when it ended well is left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from gpulane.engine.control import named
+from gpulane.errors import EngineError
+
+SAID_BYTES_MAX: Final = 500
+"""So much of the end of its error output goes into the message."""
+SAID_SECONDS: Final = 0.2
+"""A program that it left running may hold the error output open for ever."""
+_PIECE_BYTES: Final = 4096
+
+
+async def run_command(
+    argv: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None, folder: str | None = None
+) -> None:
+    """Run to its end. Raises EngineError: `command_failed` for any status but 0, `timeout`."""
+    name = argv[0]
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            env=None if env is None else {**os.environ, **env},
+            cwd=folder,
+        )
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise named(EngineError(f"{name} cannot be run: {why}", sent=False), "command_failed") from error
+    async with asyncio.TaskGroup() as group:
+        said = bytearray()
+        reading = group.create_task(_listen(process, said))
+        try:
+            async with asyncio.timeout(seconds):
+                status = await process.wait()
+        except TimeoutError:
+            raise named(EngineError(f"{name} took over {seconds:g} s and was killed"), "timeout") from None
+        finally:
+            await _end(process)
+            await asyncio.wait({reading}, timeout=SAID_SECONDS)
+            reading.cancel()
+    if status != 0:
+        text = said.decode(errors="replace").strip()
+        message = f"{name} ended with status {status}" + (f": {text}" if text else "")
+        raise named(EngineError(message), "command_failed")
+
+
+async def _listen(process: asyncio.subprocess.Process, said: bytearray) -> None:
+    assert process.stderr is not None, "asked for above"
+    while piece := await process.stderr.read(_PIECE_BYTES):
+        said += piece
+        del said[:-SAID_BYTES_MAX]
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill it with its group, if it lives. Its id is not another's: it has not been waited for."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
