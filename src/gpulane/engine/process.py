@@ -272,14 +272,13 @@ class EngineProcess:
         """Start it and write down that it runs. Raises OSError."""
         if self._launch.folder is not None and not self._launch.folder.is_dir():
             raise NotADirectoryError(0, f"its folder {self._launch.folder} is not there")
+        self.output.note("starting")
         descriptor = self.output.open()
         try:
             process = OsProcess.start(self._launch, descriptor, since=self._wall())
         finally:
             os.close(descriptor)
-        # From here on nothing may fail: the process runs. Without its record its mark will find it.
-        with contextlib.suppress(OSError):
-            self.output.note(f"started, process {process.pid}")
+        # The process runs: nothing may fail from here on. Without its record its mark will find it.
         self._keep_record(process.record)
         return process
 
