@@ -18,16 +18,21 @@ from gpulane.core.events import (
     AttemptFailed,
     AttemptResumed,
     CancelWanted,
+    CardMeasured,
     ClaimLost,
     ClaimProposed,
+    EngineLeaking,
     EngineLost,
     EngineReady,
+    EngineUnloaded,
     Event,
     GpuAdded,
     GpuDrained,
     GpuFreed,
     GpuOccupied,
+    GpuPaused,
     GpuRemoved,
+    HandoffMeasured,
     HolderAway,
     JobClaimed,
     JobEnded,
@@ -44,15 +49,31 @@ from gpulane.core.events import (
     ServiceMeasured,
     Snapshot,
     StoreEvent,
+    VramMeasured,
     WaitingJob,
 )
-from gpulane.core.gpus import EngineFacts, GpuFacts, GpuView, Proposal, able_engines, view
+from gpulane.core.gpu_events import (
+    EngineEvent,
+    engine_changed,
+    gpu_changed,
+    learn,
+    new_facts,
+)
+from gpulane.core.gpus import (
+    GpuFacts,
+    GpuView,
+    Proposal,
+    able_engines,
+    expected_unloads,
+    handoff_plan,
+    start_seconds,
+    view,
+)
+from gpulane.core.handoff import HandoffPlan
 from gpulane.core.learned import Learned
 from gpulane.core.model import (
-    NO_MODEL,
     AttemptState,
     Band,
-    EngineState,
     EngineUrl,
     FailureKind,
     GpuId,
@@ -168,12 +189,26 @@ class Book:
 
     def slack_cap_seconds(self, policy: Policy) -> Seconds:
         """Returns the most slack anybody may have: it grows with the gpus that work."""
-        usable = sum(facts.is_up and not facts.draining for facts in self.gpus.values())
+        usable = sum(facts.is_serving and not facts.draining for facts in self.gpus.values())
         return policy.slack_cap_seconds_per_gpu * max(usable, 1)
 
     def load_seconds(self, gpu: GpuId, model: ModelKey, service: Service | None = None) -> Seconds:
-        """Returns c: how long loading the model on the gpu takes, hand-off included."""
+        """Returns how long loading the model on the gpu takes, a hand-off left out."""
         return self.learned.load_seconds(gpu, model, service)
+
+    def handoff_plan(
+        self,
+        gpu: GpuId,
+        engine: EngineUrl,
+        model: ModelKey,
+        *,
+        bytes_free: int | None = None,
+        unload_all: bool = False,
+    ) -> HandoffPlan:
+        """Returns what the card must give up before such a job runs there, by what was measured free."""
+        return handoff_plan(
+            self.gpus[gpu], engine, model, self.learned, bytes_free=bytes_free, unload_all=unload_all
+        )
 
     def service_seconds(self, job: Job, gpu: GpuId) -> Seconds:
         """Returns how long serving the job on the gpu is expected to take, its load left out."""
@@ -374,15 +409,23 @@ class Book:
                     self._settle_proposal(event.gpu)
                     del self.gpus[event.gpu]
                     self._refresh(facts)
-            case EngineReady() | EngineLost():
+            case EngineReady() | EngineLost() | EngineLeaking():
                 self._engine_changed(event, now)
-            case GpuOccupied() | GpuFreed() | ModelSeen():
-                self._gpu_changed(event, now)
-            case LoadMeasured():
-                self.learned.load_measured(event.gpu, event.model, event.service, event.seconds)
-            case ServiceMeasured():
+            case (
+                GpuOccupied()
+                | GpuFreed()
+                | GpuPaused()
+                | CardMeasured()
+                | ModelSeen()
+                | EngineUnloaded()
+                | HandoffMeasured()
+            ):
+                if (facts := self.gpus.get(event.gpu)) is not None:
+                    gpu_changed(facts, event, now)
+                    learn(self.learned, event, facts.gpu.speed)
+            case LoadMeasured() | ServiceMeasured() | VramMeasured():
                 facts = self.gpus.get(event.gpu)
-                self.learned.service_measured(event.job, facts.gpu.speed if facts else 1.0, event.seconds)
+                learn(self.learned, event, facts.gpu.speed if facts else 1.0)
             case ClaimProposed():
                 self._propose(event)
             case ClaimLost():
@@ -396,58 +439,19 @@ class Book:
     def _add_gpu(self, event: GpuAdded, now: Seconds) -> None:
         gpu = event.gpu
         assert gpu.id not in self.gpus, f"illegal: {event!r}: it is known"
-        facts = self.gpus[gpu.id] = GpuFacts(
-            gpu=gpu,
-            engines={engine.url: EngineFacts(engine=engine) for engine in gpu.engines},
-            draining=gpu.id in self.draining,
-            present=gpu.node not in self.absent_nodes,
-            idle_since=now,
-        )
+        facts = self.gpus[gpu.id] = new_facts(gpu, self.policy, now)
+        facts.draining = gpu.id in self.draining
+        facts.present = gpu.node not in self.absent_nodes
         if (job := self.active_by_gpu.get(gpu.id)) is not None:
             facts.job, facts.started = job, self.active[job].state is AttemptState.STARTED
         self._refresh(facts)
 
-    def _engine_changed(self, event: EngineReady | EngineLost, now: Seconds) -> None:
+    def _engine_changed(self, event: EngineEvent, now: Seconds) -> None:
         """Facts about an engine that is not in the settings any more are old news."""
         for facts in self.gpus.values():
-            engine = facts.engines.get(event.engine)
-            if engine is None:
-                continue
-            match event:
-                case EngineReady():
-                    if engine.state is not EngineState.READY:
-                        facts.idle_since = now
-                    engine.state, engine.offers, engine.described = EngineState.READY, event.offers, True
-                    engine.why = ""
-                case EngineLost():
-                    engine.state, engine.why = EngineState.LOST, event.why
-                    engine.resident = NO_MODEL
-                    if facts.last_engine == event.engine:
-                        facts.last_engine, facts.served_seconds = None, 0.0
-                case _:
-                    assert_never(event)
-            self._refresh(facts)
-
-    def _gpu_changed(self, event: GpuOccupied | GpuFreed | ModelSeen, now: Seconds) -> None:
-        facts = self.gpus.get(event.gpu)
-        if facts is None:
-            return
-        match event:
-            case GpuOccupied():
-                facts.occupied = event.why
-            case GpuFreed():
-                if facts.occupied is not None:
-                    facts.occupied, facts.idle_since = None, now
-            case ModelSeen():
-                engine = facts.engines.get(event.engine)
-                if engine is None:
-                    return
-                if engine.resident != event.model:
-                    engine.resident, facts.served_seconds = event.model, 0.0
-                if facts.unproved == event.engine:
-                    facts.unproved = None
-            case _:
-                assert_never(event)
+            if event.engine in facts.engines:
+                engine_changed(facts, event, now)
+                self._refresh(facts)
 
     # -- claims under way
 
@@ -474,8 +478,8 @@ class Book:
         tab = self.waiting.tab(entry.job.band, entry.job.account)
         seconds = self.service_seconds(entry.job, facts.gpu.id)
         engine = self.engine_for(entry.group.key, facts.gpu.id)
-        if engine is not None and not facts.holds(engine, entry.job.model):
-            seconds += self.load_seconds(facts.gpu.id, entry.job.model, entry.job.service)
+        if engine is not None:
+            seconds += start_seconds(facts, engine, entry.job.model, entry.job.service, self.learned)
         tab.provisional[facts.gpu.id] = seconds / entry.job.weight
         self.waiting.rerank(entry.job.band, entry.job.account, tab)
 
@@ -582,10 +586,13 @@ class Book:
             return
         facts.job, facts.started = active.job.id, active.state is AttemptState.STARTED
         engine = self.engine_for(self.class_key(active.job), active.gpu)
-        service = self.service_seconds(active.job, active.gpu)
-        facts.claim(engine, active.job.model, service)
-        load = self.load_seconds(active.gpu, active.job.model, active.job.service) if facts.unproved else 0.0
-        facts.free_at = now + load + service
+        job, service = active.job, self.service_seconds(active.job, active.gpu)
+        facts.free_at = now + service
+        unloads: tuple[EngineUrl, ...] = ()
+        if engine is not None:
+            facts.free_at += start_seconds(facts, engine, job.model, job.service, self.learned)
+            unloads = expected_unloads(facts, engine, job.model, self.learned)
+        facts.claim(engine, job.model, service, unloads)
 
     def _free(self, active: ActiveEntry, now: Seconds, *, proved: bool) -> None:
         del self.active[active.job.id], self.active_by_gpu[active.gpu]

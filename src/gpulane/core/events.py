@@ -275,13 +275,40 @@ class ModelSeen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadMeasured:
-    """Loading a model took this long (hand-off included)."""
+    """Loading a model took this long, a hand-off before it left out."""
 
     gpu: GpuId
     model: ModelKey
     seconds: Seconds
     service: Service | None = None
     """Of which service: lets models that were never measured fall back on their likes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffMeasured:
+    """A hand-off is over: these engines of the gpu were unloaded, the others kept what they held."""
+
+    gpu: GpuId
+    seconds: Seconds
+    unloaded: tuple[EngineUrl, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardMeasured:
+    """The memory of the card in all, as the driver or an engine tells it."""
+
+    gpu: GpuId
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuPaused:
+    """A gpu is left alone for so long because attempts keep failing there (`core.breaker`); 0: no more."""
+
+    gpu: GpuId
+    seconds: Seconds
+    failures: int = 0
+    """Failed attempts in a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +359,9 @@ LocalEvent = (
     | GpuFreed
     | ModelSeen
     | LoadMeasured
+    | HandoffMeasured
+    | CardMeasured
+    | GpuPaused
     | ServiceMeasured
     | ClaimProposed
     | ClaimLost

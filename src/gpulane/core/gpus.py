@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gpulane.core.handoff import CardMemory, HandoffPlan, Holding, plan
+from gpulane.core.learned import Learned
 from gpulane.core.model import (
     NO_MODEL,
     Engine,
@@ -13,6 +15,7 @@ from gpulane.core.model import (
     EngineUrl,
     Gpu,
     GpuState,
+    HandoffMode,
     JobId,
     ModelKey,
     Seconds,
@@ -23,6 +26,7 @@ from gpulane.core.reasons import Reason, reason
 
 HANDOFF = "handoff"
 """`GpuOccupied.why` of a card that changes services."""
+USABLE = frozenset({EngineState.READY, EngineState.LEAKING})
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -35,7 +39,29 @@ class EngineFacts:
     """Whether it has ever told what it offers: until then every need counts as possible."""
     offers: frozenset[str] | None = None
     resident: ModelKey = NO_MODEL
+    """What it holds, or will once the claim under way is carried out: what `decide` goes by."""
+    held: ModelKey = NO_MODEL
+    """What it was last proved to hold: what a hand-off goes by."""
+    may_hold: bool = True
+    """False only where it is known to hold nothing: its memory was seen to come free, or it is gone."""
+    unloaded: bool = False
+    """It was told to unload and has not been seen to hold a model since."""
     why: str = ""
+
+    @property
+    def is_usable(self) -> bool:
+        return self.state in USABLE
+
+    def hold(self, model: ModelKey) -> None:
+        """Notes what it was proved to hold; NO_MODEL: something, or nothing."""
+        self.resident = self.held = model
+        if model != NO_MODEL:
+            self.may_hold, self.unloaded = True, False
+
+    def let_go(self) -> None:
+        """Notes that it holds nothing."""
+        self.resident = self.held = NO_MODEL
+        self.may_hold = False
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -60,6 +86,14 @@ class GpuFacts:
     started: bool = False
     proposal: Proposal | None = None
     rest_until: Seconds = 0.0
+    paused_until: Seconds = 0.0
+    """Left alone until then, because attempts kept failing here."""
+    failures: int = 0
+    """Failed attempts in a row that led to the pause."""
+    skip_leaking: bool = False
+    """Whether it takes no jobs while an engine of it leaks."""
+    bytes_total: int | None = None
+    """Memory of the card; None is unknown."""
     claims_lost: int = 0
     """Claims refused in a row."""
     last_engine: EngineUrl | None = None
@@ -75,7 +109,18 @@ class GpuFacts:
 
     @property
     def is_up(self) -> bool:
-        return self.present and any(e.state is EngineState.READY for e in self.engines.values())
+        return self.present and any(e.is_usable for e in self.engines.values())
+
+    @property
+    def is_serving(self) -> bool:
+        """Up, and not for locks alone: a lock needs no engine, so it says nothing about the gpu."""
+        served = [e for e in self.engines.values() if e.engine.service is not Service.LOCK]
+        return self.present and (any(e.is_usable for e in served) if served else self.is_up)
+
+    @property
+    def leaking(self) -> EngineUrl | None:
+        """The engine that keeps the card's memory, if any."""
+        return next((url for url, e in self.engines.items() if e.state is EngineState.LEAKING), None)
 
     @property
     def last_service(self) -> Service | None:
@@ -95,6 +140,7 @@ class GpuFacts:
             and self.occupied is None
             and not self.draining
             and self.rest_until <= now
+            and self.paused_until <= now
             and self.is_up
         )
 
@@ -104,8 +150,17 @@ class GpuFacts:
         """
         return self.last_engine == engine if model == NO_MODEL else self.engines[engine].resident == model
 
-    def claim(self, engine: EngineUrl | None, model: ModelKey, predicted: Seconds) -> None:
-        """Counts the model as loaded from the claim on: others must not load a second copy meanwhile."""
+    def claim(
+        self,
+        engine: EngineUrl | None,
+        model: ModelKey,
+        predicted: Seconds,
+        unloads: tuple[EngineUrl, ...] = (),
+    ) -> None:
+        """Counts the model as loaded from the claim on: others must not load a second copy meanwhile.
+
+        `unloads` are the engines that a hand-off is expected to unload; the others keep what they hold.
+        """
         self.before_claim = (
             self.last_engine,
             {url: e.resident for url, e in self.engines.items()},
@@ -117,34 +172,46 @@ class GpuFacts:
         if not self.holds(engine, model):
             self.unproved = engine
             self.served_seconds = 0.0
-        for url, facts in self.engines.items():
-            # A hand-off unloads the others; where it does not, ModelSeen tells.
-            facts.resident = model if url == engine else NO_MODEL
+        self.engines[engine].resident = model
+        for url in unloads:
+            # Should it turn out otherwise, HandoffMeasured or ModelSeen tells.
+            self.engines[url].resident = NO_MODEL
         self.last_engine = engine
         self.served_seconds += predicted
 
     def unclaim(self) -> None:
-        """Takes back what `claim` assumed: nothing was sent to the engine."""
+        """Takes back what `claim` assumed: no job was sent to the engine."""
         last, residents, self.served_seconds = self.before_claim
         for url, facts in self.engines.items():
-            # The others may have been unloaded already; where they were not, ModelSeen tells.
-            facts.resident = residents.get(url, NO_MODEL) if url == self.last_engine else NO_MODEL
+            # Others may have been told to unload already, without anybody having seen it.
+            planned = url != self.last_engine and facts.resident == NO_MODEL
+            facts.resident = NO_MODEL if planned else residents.get(url, NO_MODEL)
         self.last_engine = last
         self.unproved = None
 
     def free(self, now: Seconds, *, proved: bool) -> None:
         """Ends the claim. `proved`: the attempt succeeded, so its model is loaded."""
+        if self.started and (last := self.engines.get(self.last_engine or EngineUrl(""))) is not None:
+            last.may_hold = last.engine.service is not Service.LOCK
+            if proved:
+                last.hold(last.resident)
         if self.unproved is not None and not proved and self.unproved in self.engines:
-            self.engines[self.unproved].resident = NO_MODEL
+            self.engines[self.unproved].resident = self.engines[self.unproved].held = NO_MODEL
         self.unproved = None
         self.job, self.started = None, False
         self.idle_since = now
 
     def forget_models(self) -> None:
         for facts in self.engines.values():
-            facts.resident = NO_MODEL
+            facts.resident = facts.held = NO_MODEL
         self.unproved = None
         self.served_seconds = 0.0
+
+    def handed_over(self, unloaded: tuple[EngineUrl, ...]) -> None:
+        """Corrects what `claim` assumed of the other engines by what the hand-off did."""
+        for url, facts in self.engines.items():
+            if url != self.last_engine:
+                facts.resident = NO_MODEL if url in unloaded else facts.held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +241,10 @@ class GpuView:
     served_seconds: Seconds
     model: ModelKey = NO_MODEL
     """What its last used engine holds."""
+    paused_until: Seconds = 0.0
+    failures: int = 0
+    """Failed attempts in a row that led to the pause."""
+    bytes_total: int | None = None
     labels: frozenset[str] = field(default_factory=frozenset[str])
 
 
@@ -194,12 +265,15 @@ def view(facts: GpuFacts) -> GpuView:
         rest_until=facts.rest_until,
         served_seconds=facts.served_seconds,
         model=last.resident if last else NO_MODEL,
+        paused_until=facts.paused_until,
+        failures=facts.failures,
+        bytes_total=facts.bytes_total,
         labels=facts.gpu.labels,
     )
 
 
 def shown_state(facts: GpuFacts) -> GpuState:
-    if not facts.is_up:
+    if not facts.is_serving:
         return GpuState.LOST
     if facts.draining:
         return GpuState.DRAINING
@@ -208,6 +282,70 @@ def shown_state(facts: GpuFacts) -> GpuState:
     if facts.job is not None or facts.occupied is not None:
         return GpuState.BUSY
     return GpuState.IDLE
+
+
+# --- what a start costs here beside the load
+
+
+def handoff_plan(
+    facts: GpuFacts,
+    engine: EngineUrl,
+    model: ModelKey,
+    learned: Learned,
+    *,
+    bytes_free: int | None = None,
+    unload_all: bool = False,
+) -> HandoffPlan:
+    """Returns what the card must give up before a job of this model runs on the engine."""
+    gpu = facts.gpu
+    card = CardMemory(
+        engines=tuple(
+            Holding(
+                engine=url,
+                mode=e.engine.handoff,
+                holds=e.may_hold and e.is_usable and e.engine.service is not Service.LOCK,
+                model=e.held,
+                bytes_peak=learned.vram_peak(gpu.id, e.engine.service, e.held)
+                if e.held != NO_MODEL
+                else None,
+                unloaded=e.unloaded,
+            )
+            for url, e in facts.engines.items()
+        ),
+        bytes_free=bytes_free,
+        bytes_total=facts.bytes_total,
+        warm_together=gpu.warm_together,
+        margin_bytes=learned.policy.handoff_margin_bytes,
+    )
+    need = learned.vram_peak(gpu.id, facts.engines[engine].engine.service, model)
+    return plan(card, engine, need, unload_all=unload_all)
+
+
+def expected_unloads(
+    facts: GpuFacts, engine: EngineUrl, model: ModelKey, learned: Learned
+) -> tuple[EngineUrl, ...]:
+    """Returns the engines that a hand-off to the engine would unload, as far as can be told beforehand."""
+    if len(facts.engines) == 1:
+        return ()
+    if not any(
+        e.may_hold and url != engine and e.is_usable and e.engine.handoff is not HandoffMode.NEVER
+        for url, e in facts.engines.items()
+    ):
+        return ()
+    return handoff_plan(facts, engine, model, learned).unload
+
+
+def start_seconds(
+    facts: GpuFacts, engine: EngineUrl, model: ModelKey, service: Service, learned: Learned
+) -> Seconds:
+    """Returns c: how long it takes until the engine can serve a job of the model: the load, unless it holds
+    it, and a hand-off where one is expected.
+    """
+    warm = model == NO_MODEL or facts.holds(engine, model)
+    load = 0.0 if warm else learned.load_seconds(facts.gpu.id, model, service)
+    if expected_unloads(facts, engine, model, learned):
+        load += learned.handoff_seconds(facts.gpu.id)
+    return load
 
 
 # --- may a job run here?
@@ -219,10 +357,12 @@ def able_engines(key: ClassKey, facts: GpuFacts) -> tuple[EngineUrl, ...]:
     """
     if facts.draining or not facts.present or not key.labels <= facts.gpu.labels:
         return ()
+    if facts.skip_leaking and facts.leaking is not None:
+        return ()
     return tuple(
         url
         for url, e in facts.engines.items()
-        if e.state is EngineState.READY
+        if e.is_usable
         and e.engine.service is key.service
         and key.engine in {None, url}
         and (e.offers is None or key.needs <= e.offers)

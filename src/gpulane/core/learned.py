@@ -1,8 +1,8 @@
-"""What is learned from measurements: how long loads and jobs take. Recent medians with fallbacks; plain
-data in and out.
+"""What is learned from measurements: how long loads, hand-offs and jobs take, and how much memory. Recent
+medians with fallbacks (of memory the largest); plain data in and out.
 
 A load time that is too low is the dangerous side (more switches, longer waits), so fallbacks are on the
-high side. Service seconds never contain a load.
+high side. Service seconds never contain a load, load seconds no hand-off.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
-from gpulane.core.model import GpuId, Job, ModelKey, Seconds, Service
+from gpulane.core.model import NO_MODEL, GpuId, Job, ModelKey, Seconds, Service
 from gpulane.core.policy import Policy
 
 SAMPLES_MAX: Final = 9
@@ -20,6 +20,8 @@ KEYS_MAX: Final = 4096
 """Keys kept per table; the one learned first goes first."""
 SECONDS_MAX: Final = 86_400.0
 """Longer measurements are broken clocks."""
+BYTES_MAX: Final = 1 << 50
+"""More memory than any card has: a broken measurement."""
 FALLBACK_QUANTILE: Final = 0.75
 """What a fallback reads from the measurements of others: above the median, see above."""
 
@@ -35,6 +37,10 @@ class LearnedValues:
     """((gpu, model), seconds), ((model,), seconds), ((service,), seconds): oldest first."""
     services: Rows = ()
     """((service, kind, signature), seconds per unit of work at speed 1), likewise shorter keys."""
+    handoffs: Rows = ()
+    """((gpu,), seconds)."""
+    peaks: Rows = ()
+    """((gpu, service, model), bytes), ((service, model), bytes)."""
 
 
 @dataclass(slots=True)
@@ -63,6 +69,8 @@ class Learned:
     policy: Policy
     loads: Table[tuple[str, ...]] = field(default_factory=Table[tuple[str, ...]])
     rates: Table[tuple[str, ...]] = field(default_factory=Table[tuple[str, ...]])
+    handoffs: Table[tuple[str, ...]] = field(default_factory=Table[tuple[str, ...]])
+    peaks: Table[tuple[str, ...]] = field(default_factory=Table[tuple[str, ...]])
 
     def load_measured(self, gpu: GpuId, model: ModelKey, service: Service | None, seconds: Seconds) -> None:
         if not 0 <= seconds <= SECONDS_MAX:
@@ -71,6 +79,18 @@ class Learned:
         self.loads.add((model,), seconds)
         if service is not None:
             self.loads.add((service, "", ""), seconds)
+
+    def handoff_measured(self, gpu: GpuId, seconds: Seconds) -> None:
+        """Takes what a hand-off with an unload took."""
+        if 0 <= seconds <= SECONDS_MAX:
+            self.handoffs.add((gpu,), seconds)
+
+    def vram_measured(self, gpu: GpuId, service: Service, model: ModelKey, bytes_peak: int) -> None:
+        if not 0 < bytes_peak <= BYTES_MAX or service is Service.LOCK:
+            return
+        self.peaks.add((gpu, service, model), float(bytes_peak))
+        if model != NO_MODEL:  # what is not named is not the same elsewhere
+            self.peaks.add((service, model), float(bytes_peak))
 
     def service_measured(self, job: Job, speed: float, seconds: Seconds) -> None:
         if not 0 <= seconds <= SECONDS_MAX:
@@ -90,6 +110,29 @@ class Learned:
             known = self.loads.highs.get((service, "", ""))
         return self.policy.load_seconds_unknown if known is None else known
 
+    def handoff_seconds(self, gpu: GpuId) -> Seconds:
+        """Returns what a hand-off takes on this gpu."""
+        return self.handoffs.medians.get((gpu,), self.policy.handoff_seconds)
+
+    def vram_peak(self, gpu: GpuId, service: Service, model: ModelKey) -> int | None:
+        """Returns the most that a job of this model has lately needed: here, else on other gpus; None is
+        unknown.
+        """
+        samples = self.peaks.samples.get((gpu, service, model))
+        if samples is None and model != NO_MODEL:
+            samples = self.peaks.samples.get((service, model))
+        return int(max(samples)) if samples else None
+
+    def service_seconds_high(self, job: Job, speed: float) -> Seconds:
+        """Returns a service time that most jobs like this stay below: for patience, never for fairness."""
+        rates = self.rates.highs
+        rate = rates.get((job.service, job.kind, job.signature))
+        if rate is None:
+            rate = rates.get((job.service, job.kind))
+        if rate is not None:
+            return rate * max(job.work.amount, 1.0) / speed
+        return rates.get((job.service,), self.policy.service_seconds_unknown) / speed
+
     def service_seconds(self, job: Job, speed: float) -> Seconds:
         """Returns the predicted service time, without a load."""
         rates = self.rates.medians
@@ -106,12 +149,21 @@ class Learned:
 
     def values(self) -> LearnedValues:
         return LearnedValues(
-            loads=tuple(self.loads.samples.items()), services=tuple(self.rates.samples.items())
+            loads=tuple(self.loads.samples.items()),
+            services=tuple(self.rates.samples.items()),
+            handoffs=tuple(self.handoffs.samples.items()),
+            peaks=tuple(self.peaks.samples.items()),
         )
 
     def recall(self, values: LearnedValues) -> None:
         """Takes over what an earlier process had learned."""
-        for table, rows in ((self.loads, values.loads), (self.rates, values.services)):
+        tables = (
+            (self.loads, values.loads),
+            (self.rates, values.services),
+            (self.handoffs, values.handoffs),
+            (self.peaks, values.peaks),
+        )
+        for table, rows in tables:
             for key, samples in rows:
                 for value in samples:
                     table.add(tuple(key), value)

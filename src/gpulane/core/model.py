@@ -104,6 +104,15 @@ class EngineState(StrEnum):
     """Stopped on purpose."""
 
 
+class HandoffMode(StrEnum):
+    """Whether an engine unloads its models before another engine of its card runs."""
+
+    AUTO = "auto"
+    """When both are not known to fit."""
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class GpuState(StrEnum):
     """What is shown of a gpu; computed from the book, never stored."""
 
@@ -204,6 +213,7 @@ class Engine:
     service: Service
     name: str = ""
     """Only for `http` services: the NAME of /svc/NAME/."""
+    handoff: HandoffMode = HandoffMode.AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +230,8 @@ class Gpu:
     """None is unknown, never zero."""
     labels: frozenset[str] = frozenset()
     speed: float = 1.0
+    warm_together: frozenset[frozenset[EngineUrl]] = frozenset()
+    """Sets of its engines that may keep their models at the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

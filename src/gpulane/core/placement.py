@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpulane.core.book import Book
-from gpulane.core.gpus import GpuFacts
+from gpulane.core.gpus import GpuFacts, start_seconds
 from gpulane.core.model import NO_MODEL, Charge, EngineUrl, Job, Seconds
 from gpulane.core.policy import Policy
 from gpulane.core.queues import WaitingClass, resident
@@ -76,20 +76,9 @@ def victim(gpus: list[GpuFacts], free: FreeGpus, group: WaitingClass, policy: Po
     return min(gpus, key=rank)
 
 
-def charge(
-    book: Book, policy: Policy, job: Job, group: WaitingClass, facts: GpuFacts
-) -> tuple[EngineUrl, Charge]:
+def charge(book: Book, job: Job, group: WaitingClass, facts: GpuFacts) -> tuple[EngineUrl, Charge]:
     """Returns the engine a job would go to on this gpu, and what its start costs."""
     service = book.service_seconds(job, facts.gpu.id)
-    warm = warm_engine(group, facts)
-    if warm is not None:
-        return warm, Charge(service_seconds=service, load_seconds=0.0)
-    engine = group.eligible[facts.gpu.id][0]
-    return engine, Charge(service_seconds=service, load_seconds=load(book, policy, group, facts))
-
-
-def load(book: Book, policy: Policy, group: WaitingClass, facts: GpuFacts) -> Seconds:
-    """Returns c: the load time of the class's model on the gpu, hand-off included."""
-    if group.key.model == NO_MODEL:
-        return policy.handoff_seconds if facts.last_engine is not None else 0.0
-    return book.load_seconds(facts.gpu.id, group.key.model, group.key.service)
+    engine = warm_engine(group, facts) or group.eligible[facts.gpu.id][0]
+    c = start_seconds(facts, engine, group.key.model, group.key.service, book.learned)
+    return engine, Charge(service_seconds=service, load_seconds=c)

@@ -27,8 +27,11 @@ class Policy:
     """Load time of a model never measured on anything alike. Too low is the dangerous side, so it is on
     the high side."""
     handoff_seconds: Seconds = 6.0
-    """Giving a card from one service to another (unload, measure, reload), until a load there was
-    measured."""
+    """Giving a card from one engine to another (unload, measure), until a hand-off there was measured."""
+    handoff_margin_bytes: int = 512 * 1024 * 1024
+    """Free memory beyond a job's learned peak before it counts as fitting beside others."""
+    skip_leaking: bool = False
+    """Whether a gpu with an engine that does not give its memory back is left alone until it has."""
     handoff_age_factor: float = 30.0
     """Rule 5: a gpu last used by the same service counts this many hand-offs older. 3 to 100 is flat."""
     service_seconds_unknown: Seconds = 15.0

@@ -24,6 +24,7 @@ TEXTS: Final[dict[str, str]] = {
     "waiting_for_model": "It is first in fair order, but no gpu holds its model {model}: jobs of loaded "
     "models may go first until their accounts are {slack_seconds} GPU-seconds ahead.",
     "gpus_occupied": "The gpus that may run it are occupied: {gpus}.",
+    "gpus_paused": "The gpus that may run it are paused: {gpus}",
     "all_draining": "Every gpu that may run it is draining: {gpus}; resume one.",
     "no_gpu_ready": "No engine that may run it answers: {gpus}.",
     "impossible_now": "No gpu offers what it needs: {gpus}.",
@@ -35,6 +36,8 @@ TEXTS: Final[dict[str, str]] = {
     "engine_not_ready": "{gpu}: {engine} is {state}.",
     "gpu_draining": "{gpu} is draining.",
     "gpu_occupied": "{gpu} is occupied: {why}.",
+    "gpu_paused": "{gpu} is paused for {seconds} s after {failures} failed attempts in a row.",
+    "engine_leaking": "{gpu}: {engine} does not give its memory back; the gpu is left alone until it has.",
     # -- of a refusal
     "no_gpu_of_service": "No gpu has a {service} engine; add one to the settings.",
     "impossible": "No gpu can ever run it: {gpus}{nearest}",

@@ -2,8 +2,8 @@
 in.
 
 Another attempt is made only when it is proved that nothing was computed, when the engine lost the job and
-it may be run again, when it ran out of memory once, or when somebody else interrupted it. The client's
-faults are never tried again.
+it may be run again, when it ran out of memory (never again on the same card but once, alone on it), or when
+somebody else interrupted it. The client's faults are never tried again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Again:
     avoid: frozenset[GpuId]
     refund: bool
     """The account does not pay for the failed one: the fault was ours."""
+    unload_all: bool = False
+    """Before it runs again on this gpu, unload every other engine of the card, fit or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,7 @@ def after_failure(
     policy: Policy,
     jitter: float,
     engine_kills_before: int = 0,
+    out_of_memory_on: tuple[GpuId, ...] | None = None,
 ) -> Again | End:
     """Returns what to do about a failed attempt of a job nobody has cancelled.
 
@@ -53,10 +56,13 @@ def after_failure(
     2. It has killed or hung `engine_kills_max` engines: quarantine (`poisoned`).
     3. No attempt left: end.
     4. Not proved harmless to repeat: end.
-    5. Again, after a rest, not on this gpu while another is eligible.
+    5. Out of memory: where no other gpu is eligible, once more here with all other engines unloaded; where
+       that was here before, or as often as allowed: end. Elsewhere it goes without that.
+    6. Again, after a rest, not on this gpu while another is eligible.
 
     `attempts_counted` includes this attempt; `eligible` are the gpus that could run the job now; `jitter`
-    is in 0..1.
+    is in 0..1. `out_of_memory_on` are the gpus where earlier attempts ran out of memory; None: not known,
+    each earlier attempt counts as one.
     """
     if failure.kind is FailureKind.CLIENT:
         return End(failure=failure)
@@ -64,16 +70,26 @@ def after_failure(
         return End(failure=poisoned(failure, engine_kills_before + 1))
     if attempts_counted >= job.max_attempts:
         return End(failure=failure)
-    if not may_repeat(job, failure, attempts_counted, policy):
+    full = is_out_of_memory(failure)
+    if full and out_of_memory_on is not None and gpu in out_of_memory_on:
         return End(failure=failure)
+    before = attempts_counted - 1 if out_of_memory_on is None else len(out_of_memory_on)
+    if not may_repeat(job, failure, before, policy):
+        return End(failure=failure)
+    unwanted = gpus_to_avoid(avoid, gpu, eligible)
     return Again(
         rest_seconds=rest_seconds(attempts_counted, policy, jitter),
-        avoid=gpus_to_avoid(avoid, gpu, eligible),
+        avoid=unwanted,
         refund=failure.code != OUT_OF_MEMORY,
+        unload_all=full and gpu not in unwanted,
     )
 
 
-def may_repeat(job: Job, failure: Failure, attempts_counted: int, policy: Policy) -> bool:
+def is_out_of_memory(failure: Failure) -> bool:
+    return failure.kind is FailureKind.ENGINE and failure.code == OUT_OF_MEMORY and not failure.killed_engine
+
+
+def may_repeat(job: Job, failure: Failure, out_of_memory_before: int, policy: Policy) -> bool:
     match failure.kind:
         case FailureKind.NOT_STARTED | FailureKind.INTERRUPTED:
             return True
@@ -82,7 +98,7 @@ def may_repeat(job: Job, failure: Failure, attempts_counted: int, policy: Policy
         case FailureKind.ENGINE:
             if failure.killed_engine:
                 return job.rerun_lost
-            return failure.code == OUT_OF_MEMORY and attempts_counted <= policy.out_of_memory_retries
+            return is_out_of_memory(failure) and out_of_memory_before < policy.out_of_memory_retries
         case FailureKind.CLIENT:
             return False
         case _:

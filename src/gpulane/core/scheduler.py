@@ -127,7 +127,7 @@ def slack(terms: Terms, head: Head, facts: GpuFacts) -> Seconds:
     """Returns how far ahead (GPU-seconds of F) an account may go because its model is loaded."""
     key = head[4].key
     if key.model == NO_MODEL:
-        c = terms.policy.handoff_seconds
+        c = terms.book.learned.handoff_seconds(facts.gpu.id)
     else:
         c = terms.book.load_seconds(facts.gpu.id, key.model, key.service)
     return min(terms.policy.slack_loads * c, terms.slack_cap_seconds)
@@ -135,7 +135,7 @@ def slack(terms: Terms, head: Head, facts: GpuFacts) -> Seconds:
 
 def chosen(terms: Terms, order: FairOrder, head: Head, facts: GpuFacts, rule: str) -> Choice:
     job = terms.book.waiting.entries[order.job_of(head)].job
-    engine, cost = charge(terms.book, terms.policy, job, head[4], facts)
+    engine, cost = charge(terms.book, job, head[4], facts)
     return Choice(
         head=head,
         facts=facts,
@@ -190,7 +190,8 @@ def any_claim(book: Book) -> bool:
 
 def ask_again(book: Book, policy: Policy, now: Seconds, *, all_taken: bool) -> list[AskAgain]:
     """Returns when something that rests will have rested, if that could start a job (rule 6)."""
-    times = [facts.rest_until for facts in book.gpus.values() if facts.rest_until > now]
+    rests = (max(facts.rest_until, facts.paused_until) for facts in book.gpus.values())
+    times = [until for until in rests if until > now]
     if not all_taken:
         times += [row[0] for row in book.waiting.resting if now < row[0] < inf][:1]
     if not times:

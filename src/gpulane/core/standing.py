@@ -133,7 +133,7 @@ def explain(facts: Facts, job: JobId, position: int | None, now: Seconds) -> Rea
         return reason("claiming", gpu=entry.claim)
     if not entry.group.eligible:
         return explain_no_gpu(facts, entry.group.key)
-    return explain_turn(facts, entry, position or 1)
+    return explain_busy(facts, entry.group, now) or explain_turn(facts, entry, position or 1)
 
 
 def explain_no_gpu(facts: Facts, key: ClassKey) -> Reason:
@@ -158,6 +158,8 @@ def gpu_obstacle(key: ClassKey, facts: GpuFacts) -> Reason:
         return never
     if facts.draining:
         return reason("gpu_draining", gpu=gpu)
+    if facts.skip_leaking and facts.leaking is not None:
+        return reason("engine_leaking", gpu=gpu, engine=facts.leaking)
     down = next(
         e for url, e in facts.engines.items() if e.engine.service is key.service and key.engine in {None, url}
     )
@@ -165,16 +167,31 @@ def gpu_obstacle(key: ClassKey, facts: GpuFacts) -> Reason:
     return reason("engine_not_ready", gpu=gpu, engine=down.engine.url, state=state)
 
 
+def explain_busy(facts: Facts, group: WaitingClass, now: Seconds) -> Reason | None:
+    """Tells what keeps every gpu that could run it from any work; None where one works."""
+    gpus = [facts.gpus[gpu] for gpu in sorted(group.eligible)]
+    per_gpu = [why for gpu in gpus if (why := kept_from_work(gpu, now)) is not None]
+    if len(per_gpu) < len(gpus):
+        return None
+    text = " ".join(why.text for why in per_gpu[:GPUS_NAMED_MAX])
+    paused = all(why.code == "gpu_paused" for why in per_gpu)
+    return reason("gpus_paused" if paused else "gpus_occupied", gpus=text)
+
+
+def kept_from_work(facts: GpuFacts, now: Seconds) -> Reason | None:
+    gpu = facts.gpu.id
+    if facts.occupied is not None:
+        return reason("gpu_occupied", gpu=gpu, why=facts.occupied)
+    if facts.paused_until > now and facts.job is None:
+        seconds = ceil(facts.paused_until - now)
+        return reason("gpu_paused", gpu=gpu, seconds=seconds, failures=facts.failures)
+    return None
+
+
 def explain_turn(facts: Facts, entry: WaitingEntry, position: int) -> Reason:
     """Tells what a job that could run waits for."""
     group = entry.group
     gpus = [facts.gpus[gpu] for gpu in sorted(group.eligible)]
-    if all(gpu.occupied is not None for gpu in gpus):
-        why = " ".join(
-            reason("gpu_occupied", gpu=gpu.gpu.id, why=gpu.occupied or "").text
-            for gpu in gpus[:GPUS_NAMED_MAX]
-        )
-        return reason("gpus_occupied", gpus=why)
     model = group.key.model
     if position == 1 and model != NO_MODEL and not holders(facts, group):
         load = facts.learned.load_seconds(gpus[0].gpu.id, model, group.key.service)

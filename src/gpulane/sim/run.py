@@ -20,6 +20,7 @@ from gpulane.core.events import (
     ClaimProposed,
     EngineLost,
     EngineReady,
+    EngineUnloaded,
     Event,
     GpuAdded,
     GpuFreed,
@@ -306,6 +307,9 @@ class Simulation:
             self.switches += bool(card.holds)
             load = self.workload.load_seconds * self.rng.uniform(0.7, 1.3)
             card.holds = {engine: job.model}
+            for other in card.gpu.engines:
+                if other.url != engine:
+                    self.tell(EngineUnloaded(gpu=claimed.gpu, engine=other.url))
         service = self.rng.expovariate(1 / self.workload.service_seconds)
         if self.goes_wrong(self.faults.attempt_fails_share):
             failure = self.rng.choice(FAILURES)

@@ -28,6 +28,8 @@ def after(
     jitter: float = 0.5,
     kills: int = 0,
     of: Job | None = None,
+    memory_on: tuple[GpuId, ...] | None = None,
+    policy: Policy = POLICY,
 ) -> Again | End:
     return after_failure(
         of or job("j1"),
@@ -36,9 +38,10 @@ def after(
         avoid=avoid,
         gpu=G[0],
         eligible=eligible,
-        policy=POLICY,
+        policy=policy,
         jitter=jitter,
         engine_kills_before=kills,
+        out_of_memory_on=memory_on,
     )
 
 
@@ -128,3 +131,33 @@ def test_whatever_happens(
     assert not eligible or eligible - answer.avoid, "avoids everything there is"
     if eligible - {G[0]}:
         assert G[0] in answer.avoid, "never twice on the gpu that just failed while another is eligible"
+
+
+MEMORY = failure(FailureKind.ENGINE, "out_of_memory")
+
+
+def test_out_of_memory_goes_elsewhere_as_it_is_and_stays_alone_on_the_card() -> None:
+    elsewhere = after(MEMORY)
+    assert isinstance(elsewhere, Again)
+    assert (elsewhere.avoid, elsewhere.unload_all) == (frozenset({G[0]}), False)
+    here = after(MEMORY, eligible=frozenset({G[0]}))
+    assert isinstance(here, Again)
+    assert (here.avoid, here.unload_all) == (frozenset(), True)
+
+
+def test_out_of_memory_never_twice_on_the_same_card() -> None:
+    assert isinstance(after(MEMORY, attempts=2, memory_on=(G[0],), eligible=frozenset({G[0]})), End)
+    many = Policy(out_of_memory_retries=9)
+    assert isinstance(after(MEMORY, attempts=2, memory_on=(G[0],), policy=many), End)
+    assert isinstance(after(MEMORY, attempts=2, memory_on=(G[1],), policy=many), Again)
+
+
+def test_only_attempts_that_ran_out_of_memory_count_where_that_is_known() -> None:
+    assert isinstance(after(MEMORY, attempts=2, memory_on=()), Again)
+    assert isinstance(after(MEMORY, attempts=2, memory_on=(G[1],)), End)
+
+
+def test_no_other_failure_asks_for_an_empty_card() -> None:
+    for kind in FailureKind:
+        answer = after(failure(kind), eligible=frozenset({G[0]}))
+        assert isinstance(answer, End) or not answer.unload_all

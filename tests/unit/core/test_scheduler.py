@@ -6,6 +6,7 @@ from gpulane.core.events import (
     AttemptFailed,
     ClaimProposed,
     EngineReady,
+    EngineUnloaded,
     GpuAdded,
     GpuDrained,
     GpuOccupied,
@@ -201,6 +202,10 @@ def test_jobs_without_a_model_are_warm_where_their_engine_was_used_last() -> Non
     desk = Desk()
     desk.add(gpu("g0", A1111, Service.HTTP))
     desk.submit("h1", service=Service.HTTP, model=NO_MODEL)
+    assert desk.starts()[0].candidates[0].charge.load_seconds == 6.0, (
+        "what nobody has asked may hold anything"
+    )
+    desk.tell(EngineUnloaded(gpu=GpuId("node/g0"), engine=EngineUrl("http://g0:a1111")))
     assert desk.starts()[0].candidates[0].charge.load_seconds == 0.0
     desk.claim(desk.starts()[0])
     desk.end("h1")
