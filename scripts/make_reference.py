@@ -29,6 +29,8 @@ SECTIONS = {
     "RetentionSettings": ("`retention`", "retention"),
     "HoldSettings": ("`hold`", "hold"),
     "ProbeSettings": ("`probe`", "probe"),
+    "HandoffSettings": ("`handoff`", "handoff"),
+    "HealthSettings": ("`health`", "health"),
     "RetrySettings": ("`retry`", "retry"),
     "SchedulingSettings": ("`scheduling`", "scheduling"),
     "LogSettings": ("`log`", "log"),

@@ -387,14 +387,18 @@ class CardUse:
                 return
             del memory.resident[old]
 
-    async def unload(self, job_id: str = "") -> None:
-        """Give back the memory of all models."""
-        if not self.card.resident(self.engine):
+    async def unload(self, job_id: str = "", *, model: str | None = None) -> None:
+        """Give back the memory of one model, or of all."""
+        resident = self.card.resident(self.engine)
+        if not resident or (model is not None and model not in resident):
             return
         with self.interval("unload", job_id, None):
             await self.sleep(self.card.options.unload_seconds / self.card.options.speed)
             with self.card.change(self.engine) as memory:
-                memory.resident.clear()
+                if model is None:
+                    memory.resident.clear()
+                else:
+                    memory.resident.pop(model, None)
 
     @contextlib.contextmanager
     def working(self, job_id: str, model: str | None, megapixels: float, images: int) -> Iterator[None]:

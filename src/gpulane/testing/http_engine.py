@@ -1,5 +1,5 @@
-"""A tiny engine like an LLM server: chat completions (also streamed), Ollama's generate, and a list of
-models.
+"""A tiny engine like an LLM server: chat completions (also streamed), Ollama's generate, a list of models,
+and the ways in which Ollama and llama-swap tell what is loaded and unload it.
 
 It stands for any `http` service: it computes on the card and has no queue of its own, so two requests at once
 overlap.
@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Literal, Self
 from uuid import uuid4
 
 from aiohttp import web
@@ -20,6 +20,9 @@ from gpulane.testing.server import SimServer
 
 DEFAULT_MODELS: Final = ("tiny-llm",)
 DEFAULT_TOKENS: Final = 16
+Flavor = Literal["plain", "ollama", "llama-swap", "llama-swap-old"]
+"""Whose API for unloading it has; the old llama-swap knows GET /unload alone. All have `POST /api/unload`,
+which stands for a server of one's own."""
 SECONDS_PER_TOKEN: Final = 0.02
 WORDS: Final = "the card computes one token after another and says so here".split()  # noqa: SIM905
 
@@ -33,6 +36,7 @@ class SimHttpEngine:
         card: Card | None = None,
         port: int = 0,
         models: Sequence[str] = DEFAULT_MODELS,
+        flavor: Flavor = "plain",
         faults: Faults | None = None,
         exits_on_crash: bool = False,
     ) -> None:
@@ -40,6 +44,9 @@ class SimHttpEngine:
         self.server = SimServer(self, port=port, faults=faults, exits_on_crash=exits_on_crash)
         self.faults = self.server.faults
         self.models = tuple(models)
+        self.flavor: Flavor = flavor
+        self.unloads = 0
+        """Requests to unload, whatever became of them."""
         self.runs = 0
         self._active: set[str] = set()
         self._use: CardUse | None = None
@@ -83,6 +90,7 @@ class SimHttpEngine:
             "kind": "http",
             "running": sorted(self._active),
             "runs": self.runs,
+            "unloads": self.unloads,
             "resident": self.card.resident(self.url),
         }
 
@@ -94,6 +102,18 @@ class SimHttpEngine:
         app.router.add_post("/api/generate", self._post_generate)
         app.router.add_post("/api/unload", self._post_unload)
         app.router.add_get("/health", self._get_health)
+        match self.flavor:
+            case "ollama":
+                app.router.add_get("/api/version", self._get_version)
+                app.router.add_get("/api/ps", self._get_loaded)
+            case "llama-swap" | "llama-swap-old":
+                app.router.add_get("/running", self._get_running)
+                app.router.add_get("/unload", self._get_unload)
+                if self.flavor == "llama-swap":
+                    app.router.add_get("/api/version", self._get_version)
+                    app.router.add_post("/api/models/unload", self._post_unload)
+            case "plain":
+                pass
 
     async def _get_health(self, _request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -102,12 +122,45 @@ class SimHttpEngine:
         models = [{"id": name, "object": "model", "owned_by": "sim"} for name in self.models]
         return web.json_response({"object": "list", "data": models})
 
+    async def _get_version(self, _request: web.Request) -> web.Response:
+        told = {"version": "0.12.6"} if self.flavor == "ollama" else {"version": "216", "commit": "0046040"}
+        return web.json_response(told)
+
+    async def _get_loaded(self, _request: web.Request) -> web.Response:
+        """Ollama's list of what lies in memory."""
+        resident = self.card.resident(self.url).items()
+        models = [{"name": m, "model": m, "size": size, "size_vram": size} for m, size in resident]
+        return web.json_response({"models": models})
+
+    async def _get_running(self, _request: web.Request) -> web.Response:
+        """llama-swap's list of the processes that it has started."""
+        resident = self.card.resident(self.url)
+        return web.json_response({"running": [{"model": m, "state": "ready"} for m in resident]})
+
+    async def _get_unload(self, _request: web.Request) -> web.Response:
+        await self._unload(None)
+        return web.Response(text="OK")
+
     async def _post_unload(self, _request: web.Request) -> web.Response:
-        if self.faults.unload == "hangs":
-            await asyncio.Event().wait()
-        if self.faults.unload == "ok":
-            await self.card_use.unload()
-        return web.json_response({})
+        await self._unload(None)
+        return web.json_response({"msg": "ok"})
+
+    async def _unload(self, model: str | None) -> None:
+        """Give one model's memory back, or that of all, as the faults allow."""
+        self.unloads += 1
+        match self.faults.unload:
+            case "lies":
+                pass
+            case "hangs":
+                await asyncio.Event().wait()
+            case "late":
+                self.server.spawn(self._unload_later(model), name="unload later")
+            case "ok":
+                await self.card_use.unload(model=model)
+
+    async def _unload_later(self, model: str | None) -> None:
+        await asyncio.sleep(self.faults.unload_seconds)
+        await self.card_use.unload(model=model)
 
     async def _post_chat(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request)
@@ -143,6 +196,9 @@ class SimHttpEngine:
         options: Json = body.get("options") or {}
         model, tokens = self._model(body), int(options.get("num_predict") or DEFAULT_TOKENS)
         job_id = _job_id(request)
+        if not body.get("prompt") and body.get("keep_alive") == 0:
+            await self._unload(model)
+            return web.json_response({"model": model, "response": "", "done": True, "done_reason": "unload"})
         if body.get("stream") is False:
             text = "".join([word async for word in self._tokens(job_id, model, tokens)])
             return web.json_response({"model": model, "response": text, "done": True})

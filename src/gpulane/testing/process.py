@@ -18,7 +18,7 @@ from gpulane.testing.card import Card, CardOptions
 from gpulane.testing.comfyui import MODERN_VERSION, SimComfyUI
 from gpulane.testing.http_engine import SimHttpEngine
 
-KINDS: Final = ("comfyui", "a1111", "forge", "http")
+KINDS: Final = ("comfyui", "a1111", "forge", "http", "ollama", "llama-swap")
 
 SimEngine = SimComfyUI | SimA1111 | SimHttpEngine
 
@@ -106,6 +106,8 @@ def make_engine(
             )
         case "http":
             engine = SimHttpEngine(card=card, port=port, exits_on_crash=exits_on_crash)
+        case "ollama" | "llama-swap":
+            engine = SimHttpEngine(card=card, port=port, exits_on_crash=exits_on_crash, flavor=kind)
         case _:
             raise ValueError(f"no such kind of engine: {kind!r}; there are {', '.join(KINDS)}")
     return engine
