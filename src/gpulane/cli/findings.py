@@ -18,7 +18,12 @@ from gpulane.engine.base import Description
 from gpulane.engine.detect import Detected
 from gpulane.errors import EngineError
 
-_NAMES: Final = {Service.COMFYUI: "ComfyUI", Service.A1111: "A1111", Service.HTTP: "an HTTP service"}
+_NAMES: Final = {
+    Service.COMFYUI: "ComfyUI",
+    Service.A1111: "A1111",
+    Service.HTTP: "an HTTP service",
+    Service.LOCK: "a lock",
+}
 _PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -109,6 +114,8 @@ def summary(about: Description, latency_ms: float) -> str:
         case Service.HTTP:
             if about.offers:
                 counts = [f"{len(about.offers)} models"]
+        case Service.LOCK:
+            pass
     name = f"{about.flavor or about.service.value} {about.version}".strip()
     return ", ".join([name, *counts, f"answers in {latency_ms:.0f} ms"])
 
@@ -211,7 +218,7 @@ def _how_to_mend(asked: Asked) -> tuple[str, ...]:
             return ("start it with --api: in webui-user.sh, COMMANDLINE_ARGS must hold it",)
         case Service.COMFYUI:
             return ("its /object_info must answer: look at its console for a custom node that fails",)
-        case Service.HTTP | None:
+        case Service.HTTP | Service.LOCK | None:
             return ("look at its own log",)
 
 

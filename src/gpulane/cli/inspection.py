@@ -81,6 +81,8 @@ def _client(service: Service, url: EngineUrl) -> ServiceClient:
             return A1111Client(url)
         case Service.HTTP:
             return HttpServiceClient(url)
+        case Service.LOCK:
+            raise AssertionError("a lock is no engine of the settings")
 
 
 def _addresses(settings: Settings) -> list[tuple[str, str]]:

@@ -108,6 +108,8 @@ class LimitSettings(_Section, frozen=True):
     """An answer larger than this is kept in a file until its client has read it."""
     answer_mib: float = 1024.0
     """Largest answer of an engine that is kept at all."""
+    lock_seconds_max: float = 86_400.0
+    """The longest that another program may ask to hold a gpu (`gpulane lock`)."""
 
 
 class RetentionSettings(_Section, frozen=True):

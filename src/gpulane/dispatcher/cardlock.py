@@ -82,16 +82,22 @@ class CardLock:
         self._ours.clear()
         self._note = b""
 
+    def unusable(self) -> str | None:
+        """Tell why the file cannot be opened; None: it can."""
+        try:
+            self._look_at_path()
+        except OSError as error:
+            return f"lock file {self._path} cannot be opened: {error.strerror or error}"
+        return None
+
     def held_by(self) -> str | None:
         """Tell who else holds it, in words; None: nobody else does. A file that cannot be opened counts as
         held.
         """
-        try:
-            self._look_at_path()
-        except OSError as error:
-            held_by = f"its lock file {self._path} cannot be opened: {error.strerror or error}"
-            self._tell_unusable(held_by)
-            return held_by
+        why = self.unusable()
+        if why is not None:
+            self._tell_unusable(why)
+            return why
         self._told = ""
         for file in (*self._older, *self._current()):
             if file not in self._ours and not self._is_free(file):

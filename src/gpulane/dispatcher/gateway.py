@@ -287,7 +287,9 @@ class Gateway:
     def _watch(self, owner: GpuOwner, url: EngineUrl) -> EngineWatch:
         def on_stranger(seen: bool) -> None:
             if seen:
-                owner.occupy(f"stranger {url}", f"somebody else's work runs on {url}")
+                report, is_lock = owner.watches[url].report, self._parts.clients[url].service is Service.LOCK
+                held_by = report.strange_jobs if report is not None and is_lock else ()
+                owner.occupy(f"stranger {url}", next(iter(held_by), f"somebody else's work runs on {url}"))
             else:
                 owner.free(f"stranger {url}")
 

@@ -88,6 +88,7 @@ class Shown:
         )
 
     def _engines(self, owner: GpuOwner) -> tuple[EngineView, ...]:
+        """Show what somebody runs there: that other programs may have the gpu is no engine to anybody."""
         return tuple(
             EngineView(
                 url=engine.url,
@@ -100,4 +101,5 @@ class Shown:
                 description=owner.watches[engine.url].description,
             )
             for engine in owner.gpu.engines
+            if engine.service is not Service.LOCK
         )

@@ -254,7 +254,7 @@ class LockClient:
         }
 
     async def _over(self, attempt: AttemptContext, grant: Grant, terms: LockTerms) -> Over:
-        """1. cancelled  2. released, or its connection gone  3. its time is over  4. the file is held no more."""
+        """1. cancelled  2. released, or its connection gone  3. its time is over  4. held no more."""
         began = self._clock()
         async with asyncio.TaskGroup() as group:
             waits = [group.create_task(grant.told.wait()), group.create_task(attempt.cancel_wanted.wait())]

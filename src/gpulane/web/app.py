@@ -195,7 +195,7 @@ def _address_of(settings: Settings, root: Service | str | None) -> str:
             own = settings.listen_comfyui
         case Service.A1111:
             own = settings.listen_a1111
-        case Service.HTTP | None:
+        case Service.HTTP | Service.LOCK | None:
             own = None
         case name:
             engines = [engine for gpu in settings.gpus.values() for engine in gpu.engines]

@@ -93,7 +93,7 @@ def answer_of(error: ClientError, service: Service | None) -> ErrorAnswer:
             # OpenAI's clients read message, type and code; ours is a part of theirs.
             sentence = f"{error.message} {error.hint}" if error.hint else error.message
             inner = {"message": sentence, "type": error.code, "code": error.code, "hint": error.hint}
-        case None:
+        case Service.LOCK | None:
             inner = {"code": error.code, "message": error.message, "hint": error.hint}
     return ErrorAnswer(status=error.status, body=msgspec.json.encode({"error": inner}))
 

@@ -8,7 +8,7 @@ door.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,8 @@ from gpulane.adapters.base import EngineRequest
 from gpulane.config import Settings
 from gpulane.core.model import Account, Band, EngineUrl, GpuId, JobId, Service
 from gpulane.engine.base import RecordedResult
+from gpulane.engine.lock import Grants
+from gpulane.engine.process import ProcessView
 from gpulane.engine.progress import ProgressHub
 from gpulane.relay.answer import HeldAnswer
 from gpulane.store.base import JobQuery, JobRecord, Listener, NewJob, Reply
@@ -189,3 +191,7 @@ class Front(Protocol):
         ...
 
     async def close(self) -> None: ...
+    processes: ProcessesPort | None = None
+    """None: all engines are started by somebody else."""
+    grants: Grants = field(default_factory=Grants)
+    """GPUs granted to other programs."""

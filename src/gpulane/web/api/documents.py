@@ -40,6 +40,19 @@ class NewJobRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     deadline_seconds: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
+class LockRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A GPU for another program."""
+
+    gpu: Annotated[str, Meta(description="NODE/NAME or NAME; null: any.", max_length=200)] | None = None
+    labels: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...],
+        Meta(description="Labels that the GPU must carry.", max_length=32),
+    ] = ()
+    priority: Priority = "normal"
+    seconds_max: Annotated[float, Meta(description="How long it may be held.", gt=0)] = 3600.0
+    note: Annotated[str, Meta(description="What for; shown to people.", max_length=200)] = ""
+
+
 class JobChange(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What may be changed of a waiting job."""
 

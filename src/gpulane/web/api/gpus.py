@@ -119,20 +119,25 @@ class GpusApi:
         return json_response(gpu_document(self._gpu(gpu.id), shows_job=True))
 
     def _gpu(self, name: str) -> GpuView:
-        gpus = self._jobs.gpus()
-        exact = next((gpu for gpu in gpus if gpu.id == GpuId(name)), None)
-        if exact is not None:
-            return exact
-        named = [gpu for gpu in gpus if gpu.name == name]
-        if len(named) > 1:
-            ids = ", ".join(gpu.id for gpu in named)
-            raise BadRequest(
-                f"Several GPUs are called {name[:80]!r}.", hint=f"Say which: {ids}.", code="ambiguous_gpu"
-            )
-        if not named:
-            hint = suggestion(name[:80], [gpu.id for gpu in gpus])
-            raise NotFound(f"No GPU {name[:80]!r}.", hint=hint, code="no_such_gpu")
-        return named[0]
+        return find_gpu(self._jobs, name)
+
+
+def find_gpu(jobs: JobsPort, name: str) -> GpuView:
+    """Find a gpu by NODE/NAME, or by its name where that is unique. Raises NotFound, BadRequest."""
+    gpus = jobs.gpus()
+    exact = next((gpu for gpu in gpus if gpu.id == GpuId(name)), None)
+    if exact is not None:
+        return exact
+    named = [gpu for gpu in gpus if gpu.name == name]
+    if len(named) > 1:
+        ids = ", ".join(gpu.id for gpu in named)
+        raise BadRequest(
+            f"Several GPUs are called {name[:80]!r}.", hint=f"Say which: {ids}.", code="ambiguous_gpu"
+        )
+    if not named:
+        hint = suggestion(name[:80], [gpu.id for gpu in gpus])
+        raise NotFound(f"No GPU {name[:80]!r}.", hint=hint, code="no_such_gpu")
+    return named[0]
 
 
 async def gpu_list(jobs: JobsPort, identity: Identity, *, is_operator: bool) -> GpuList:

@@ -14,6 +14,7 @@ from gpulane.web.api.asked import Asked, Endpoint, require
 from gpulane.web.api.gpus import GpusApi
 from gpulane.web.api.jobs import JobsApi
 from gpulane.web.api.openapi import describe
+from gpulane.web.api.locks import LocksApi
 from gpulane.web.api.streams import StreamsApi
 from gpulane.web.errors import MethodNotAllowed
 from gpulane.web.feed import Feed
@@ -38,6 +39,7 @@ class NativeApi:
         endpoints = (
             *JobsApi(context).endpoints(),
             *GpusApi(context.jobs).endpoints(),
+            *LocksApi(context).endpoints(),
             *StreamsApi(context.jobs, self._feed).endpoints(),
             Endpoint(
                 method="GET",
