@@ -1,0 +1,212 @@
+"""Gives a card from one engine to another: commanded, then measured, before a job's first byte.
+
+What must go is decided by `core.handoff`; this carries it out. Nothing here counts as a start: a cancel, or
+an engine that will not let go, costs the job nothing but its turn. An unload that is acknowledged proves
+nothing, so memory is measured: by the driver where there is one, else by the engines' own word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import structlog
+
+from gpulane.config.settings import HandoffSettings
+from gpulane.core.book import Book
+from gpulane.core.events import EngineLeaking, EngineUnloaded, HandoffMeasured, LocalEvent
+from gpulane.core.handoff import HandoffPlan, enough
+from gpulane.core.model import EngineUrl, Gpu, Job, Service
+from gpulane.engine.base import ServiceClient
+from gpulane.engine.telemetry import Telemetry
+from gpulane.errors import EngineError
+
+POLL_SECONDS: Final = 0.1
+"""How often memory is measured at first, while it is expected to come free."""
+POLL_SECONDS_MAX: Final = 1.0
+TRIES: Final = 2
+"""Unloads per hand-off: a second one helps where the first came in the middle of something."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Restarts(Protocol):
+    """What can stop, start and restart engines (`dispatcher.supervision`)."""
+
+    def can_restart(self, url: EngineUrl) -> bool: ...
+
+    async def restart(self, url: EngineUrl, why: str, *, force: bool = False) -> None: ...
+
+    async def stop_for_handoff(self, url: EngineUrl) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffParts:
+    """What all cards of this process share."""
+
+    book: Book
+    clients: Mapping[EngineUrl, ServiceClient]
+    settings: HandoffSettings
+    telemetry: Telemetry
+    restarts: Restarts
+    stoppable: frozenset[EngineUrl]
+    """Engines that may be stopped where unloading is not enough (`stop_to_unload`)."""
+    tell: Callable[[LocalEvent], None]
+    clock: Callable[[], float]
+
+
+class Handoff:
+    """Clears one card for its next job."""
+
+    def __init__(self, gpu: Gpu, parts: HandoffParts) -> None:
+        self._gpu = gpu
+        self._parts = parts
+        self._leaking: set[EngineUrl] = set()
+
+    async def clear(self, job: Job, engine: EngineUrl, *, unload_all: bool = False) -> str | None:
+        """Make room for the job; returns None when it may start, or why it may not.
+
+        1. Nothing has to go: start.
+        2. Unload, measure; once more when memory did not come free.
+        3. It came free: start.
+        4. It did not: the engines leak. Stop those that may be stopped, else as `when_leaking` says.
+        """
+        parts, gpu = self._parts, self._gpu
+        if job.service is Service.LOCK and not self._others(engine):
+            return None
+        bytes_free = await self.bytes_free(engine)
+        plan = parts.book.handoff_plan(
+            gpu.id, engine, job.model, bytes_free=bytes_free, unload_all=unload_all
+        )
+        if not plan.unload and not plan.make_loadable:  # 1
+            return None
+        began = parts.clock()
+        if plan.unload and not await self._unload(plan):  # 2
+            refused = await self._leaks(plan)  # 4
+            if refused is not None:
+                return refused
+        if plan.make_loadable:
+            try:
+                await parts.clients[engine].make_loadable()
+            except EngineError as error:
+                return f"{engine} cannot load again: {error.message}"
+        seconds = parts.clock() - began
+        if plan.unload:
+            parts.tell(HandoffMeasured(gpu=gpu.id, seconds=seconds, unloaded=plan.unload))
+        _log.info(
+            "handed_over",
+            gpu=gpu.id,
+            to=engine,
+            unloaded=list(plan.unload),
+            seconds=round(seconds, 3),
+            why=plan.why,
+        )
+        return None
+
+    async def unload_idle(self) -> None:
+        """Have every engine of the card give its memory back; the caller holds the card."""
+        for engine in self._gpu.engines:
+            if engine.service is not Service.LOCK and await self._command(engine.url):
+                self._parts.tell(EngineUnloaded(gpu=self._gpu.id, engine=engine.url))
+
+    async def bytes_free(self, engine: EngineUrl) -> int | None:
+        """Measure the card: the driver's word, else the engine's, else any other engine's. None: unknown."""
+        reading = await self._parts.telemetry.read(self._gpu.uuid)
+        if reading is not None and reading.bytes_free is not None:
+            return reading.bytes_free
+        urls = (engine, *(e.url for e in self._gpu.engines if e.url != engine))
+        for url in urls:
+            try:
+                found = await self._parts.clients[url].vram()
+            except EngineError:
+                continue
+            if found.bytes_free is not None:
+                return found.bytes_free
+        return None
+
+    # --- unloading
+
+    async def _unload(self, plan: HandoffPlan) -> bool:
+        """Command and measure, twice at most; returns whether enough came free."""
+        for number in range(TRIES):
+            answers = [await self._command(url) for url in plan.unload]
+            if await self._comes_free(plan, all_acknowledged=all(answers)):
+                for url in plan.unload:
+                    self._parts.tell(EngineUnloaded(gpu=self._gpu.id, engine=url))
+                    self._is_leaking(url, leaking=False, why="")
+                return True
+            _log.warning("memory_not_free", gpu=self._gpu.id, engines=list(plan.unload), tries=number + 1)
+        return False
+
+    async def _command(self, url: EngineUrl) -> bool:
+        """Tell one engine to unload; returns whether it acknowledged. Silence has a limit."""
+        try:
+            async with asyncio.timeout(self._parts.settings.acknowledge_seconds):
+                await self._parts.clients[url].unload()
+        except TimeoutError:
+            _log.warning("unload_not_acknowledged", engine=url)
+            return False
+        except EngineError as error:
+            _log.warning("unload_failed", engine=url, why=error.message, code=error.code)
+            return False
+        return True
+
+    async def _comes_free(self, plan: HandoffPlan, *, all_acknowledged: bool) -> bool:
+        """Measure until enough is free. What cannot be measured is believed when all have acknowledged."""
+        parts = self._parts
+        ends = parts.clock() + parts.settings.unload_seconds
+        pause = POLL_SECONDS
+        while True:
+            bytes_free = await self.bytes_free(plan.unload[0])
+            if bytes_free is None or plan.wanted_bytes_free is None:
+                return all_acknowledged
+            if enough(bytes_free, plan):
+                return True
+            if parts.clock() + pause >= ends:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, POLL_SECONDS_MAX)
+
+    # --- when memory does not come free
+
+    async def _leaks(self, plan: HandoffPlan) -> str | None:
+        """Stop what may be stopped; else report the engines, and do as the settings say."""
+        parts = self._parts
+        stopped = [url for url in plan.unload if url in parts.stoppable]
+        for url in stopped:
+            await parts.restarts.stop_for_handoff(url)
+        if stopped and await self._comes_free(plan, all_acknowledged=True):
+            return None
+        why = "its memory did not come free after two unloads"
+        for url in plan.unload:
+            self._is_leaking(url, leaking=True, why=why)
+        match parts.settings.when_leaking:
+            case "run":
+                return None
+            case "skip":
+                return f"{', '.join(plan.unload)}: {why}"
+            case "restart":
+                return await self._restart(plan)
+
+    async def _restart(self, plan: HandoffPlan) -> str | None:
+        restartable = [url for url in plan.unload if self._parts.restarts.can_restart(url)]
+        for url in restartable:
+            await self._parts.restarts.restart(url, "it leaks memory")
+        if restartable and await self._comes_free(plan, all_acknowledged=True):
+            for url in restartable:
+                self._is_leaking(url, leaking=False, why="")
+            return None
+        return f"{', '.join(plan.unload)}: memory did not come free, after a restart either"
+
+    def _is_leaking(self, url: EngineUrl, *, leaking: bool, why: str) -> None:
+        if leaking == (url in self._leaking):
+            return
+        (self._leaking.add if leaking else self._leaking.discard)(url)
+        self._parts.tell(EngineLeaking(engine=url, leaking=leaking, why=why))
+        if leaking:
+            _log.warning("engine_leaking", engine=url, why=why)
+
+    def _others(self, engine: EngineUrl) -> bool:
+        return any(e.url != engine for e in self._gpu.engines)
