@@ -19,6 +19,7 @@ from gpulane.cli.gpus import drain, gpus, pause, resume, unpause
 from gpulane.cli.jobs import cancel, explain, job, jobs, prioritize
 from gpulane.cli.keys import key
 from gpulane.cli.serving import serve
+from gpulane.cli.locking import lock
 from gpulane.cli.simulating import sim_engine
 from gpulane.cli.submitting import submit
 from gpulane.cli.top import top
@@ -63,6 +64,10 @@ for command in (
     pause,
     unpause,
     top,
+    engines,
+    engine_log,
+    engine_restart,
+    lock,
     key,
     sim_engine,
 ):
