@@ -14,7 +14,9 @@ import msgspec
 import yaml
 
 from gpulane.config.arguments import engine_from_text, engine_url, without_password
+from gpulane.config.commands import check_commands
 from gpulane.config.settings import EngineSettings, GpuSettings, Settings
+from gpulane.config.unloading import parse_unload
 from gpulane.errors import ConfigError
 
 PORT_MAX: Final = 65_535
@@ -113,18 +115,45 @@ def _gpu(name: str, gpu: GpuSettings, source: str) -> GpuSettings:
     if not gpu.speed > 0:
         raise ConfigError(f"{source}: gpus.{name}: speed must be above 0")
     try:
-        engines = tuple(_engine(engine) for engine in gpu.engines)
+        engines = tuple(_engine(name, engine) for engine in gpu.engines)
     except ConfigError as error:
         raise ConfigError(f"{source}: gpus.{name}: {error.message}") from error
     return msgspec.structs.replace(gpu, engines=engines)
 
 
-def _engine(engine: str | int | EngineSettings) -> EngineSettings:
+def _engine(gpu: str, engine: str | int | EngineSettings) -> EngineSettings:
     if isinstance(engine, EngineSettings):
         if not _PATH.match(engine.probe_path):
             raise ConfigError(f"probe_path: write a path such as /health, not {engine.probe_path!r}")
-        return msgspec.structs.replace(engine, url=engine_url(engine.url))
+        engine = msgspec.structs.replace(engine, url=engine_url(engine.url))
+        _one_gpu(gpu, engine)
+        _check_unload(engine)
+        check_commands(engine)
+        return engine
     return engine_from_text(str(engine))
+
+
+def _check_unload(engine: EngineSettings) -> None:
+    if engine.unload is None:
+        return
+    if engine.service in {"comfyui", "a1111"}:
+        raise ConfigError(
+            f"{engine.url}: unload is for http engines: how {engine.service} gives VRAM back is known"
+        )
+    try:
+        parse_unload(engine.unload)
+    except ConfigError as error:
+        raise ConfigError(f"{engine.url}: {error.message}") from error
+
+
+def _one_gpu(gpu: str, engine: EngineSettings) -> None:
+    """Refuse a set of gpus: an engine on it would have to occupy all of them at one time."""
+    others = [name for name in engine.gpus if name != gpu]
+    if others:
+        raise ConfigError(
+            f"gpus: {engine.url} names {', '.join(engine.gpus)}: dispatching for more than one card comes "
+            "later; until then leave `gpus` out, and keep other engines off the cards that it uses"
+        )
 
 
 def _engines_are_unique(gpus: dict[str, GpuSettings], source: str) -> None:

@@ -144,4 +144,4 @@ async def scene(
         try:
             yield here
         finally:
-            await client.close()
+            await here.client.close()

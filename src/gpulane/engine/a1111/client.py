@@ -24,7 +24,7 @@ from gpulane.adapters.a1111.catalogue import (
 )
 from gpulane.adapters.a1111.requests import Meta
 from gpulane.adapters.a1111.status import flavor_of
-from gpulane.core.model import NO_MODEL, EngineUrl, JobId, ModelKey, Service
+from gpulane.core.model import NO_MODEL, EngineUrl, JobId, JobState, ModelKey, Service
 from gpulane.engine.a1111.attempt import Attempt
 from gpulane.engine.a1111.looks import Looks, Task
 from gpulane.engine.a1111.pace import Pace
@@ -150,7 +150,10 @@ class A1111Client:
         try:
             if not attempt.cancel_wanted.is_set():
                 await self._pins.pin(msgspec.json.decode(attempt.meta, type=Meta).overrides)
-            return await self._attempt(attempt).run()
+            outcome = await self._attempt(attempt).run()
+            if outcome.state is JobState.FAILED:
+                self._unloading.doubted()
+            return outcome
         finally:
             self._running = None
 

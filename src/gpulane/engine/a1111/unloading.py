@@ -40,6 +40,11 @@ class Unloading:
         """Learn that a job has just computed with a checkpoint."""
         self._has_answered, self._is_off_card = True, False
 
+    def doubted(self) -> None:
+        """A job failed: the engine may have restarted, or somebody took its checkpoint off the card."""
+        if self._is_off_card is False:
+            self._is_off_card = None
+
     async def unload(self) -> None:
         """Have it taken off the card.
 

@@ -98,11 +98,14 @@ class SimA1111:
         hashing: bool = False,
         skip_load: bool = False,
         strict_unload: bool = True,
+        tells_memory: bool = True,
         plain_pictures: bool = False,
         faults: Faults | None = None,
         exits_on_crash: bool = False,
     ) -> None:
-        """`strict_unload`: generating between unload-checkpoint and reload-checkpoint fails, as on CUDA."""
+        """`strict_unload`: generating between unload-checkpoint and reload-checkpoint fails, as on CUDA.
+        `tells_memory`: /sdapi/v1/memory tells of the card; else it says what it says without CUDA.
+        """
         self.card = card or Card()
         self.server = SimServer(
             self, port=port, faults=faults, max_body_bytes=MAX_BODY_BYTES, exits_on_crash=exits_on_crash
@@ -115,6 +118,7 @@ class SimA1111:
         self._skip_load = skip_load
         self._strict_unload = strict_unload and not forge
         self._plain_pictures = plain_pictures
+        self._tells_memory = tells_memory
         self._use: CardUse | None = None
         self._new_process()
 
@@ -544,12 +548,15 @@ class SimA1111:
         return self.checkpoints.as_list()
 
     def _memory(self) -> Json:
+        ram = {"free": 48e9, "used": 16e9, "total": 64e9}
+        if not self._tells_memory:
+            return {"ram": ram, "cuda": {"error": "unavailable"}}
         total, used = self.card.bytes_total, self.card.bytes_used()
         mine = sum(self.card.resident(self.url).values())
         counts = {"current": mine, "peak": mine}
         system = {"free": max(0, total - used), "used": used, "total": total}
         return {
-            "ram": {"free": 48e9, "used": 16e9, "total": 64e9},
+            "ram": ram,
             "cuda": {
                 "system": system,
                 "active": counts,
