@@ -366,6 +366,7 @@ async def _listen(
         settings=settings,
         jobs=gateway,
         engines=gateway,
+        processes=gateway.supervision,
         values=node_store,
         grants=grants,
         data_folder=folder,

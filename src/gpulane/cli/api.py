@@ -81,10 +81,12 @@ class ApiClient:
         body = None if document is None else msgspec.json.encode(document)
         return self._decoded(kind, self.call(method, path, body))
 
-    def call(self, method: str, path: str, body: bytes | None = None) -> bytes:
+    def call(
+        self, method: str, path: str, body: bytes | None = None, *, seconds: float = CALL_SECONDS
+    ) -> bytes:
         """Make one call and return the answer's body. Raises ApiRefused, NoGateway."""
         headers = {"Content-Type": "application/json"} if body is not None else {}
-        with self._answer(method, path, body, headers, seconds=CALL_SECONDS) as answer:
+        with self._answer(method, path, body, headers, seconds=seconds) as answer:
             return answer.read()
 
     def download(self, path: str, target: Path) -> int:

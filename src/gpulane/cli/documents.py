@@ -119,6 +119,29 @@ class Engine(Document, frozen=True):
     version: str | None = None
 
 
+class Process(Document, frozen=True):
+    """The process of an engine that gpulane starts."""
+
+    state: str
+    why: str = ""
+    pid: int | None = None
+    restarts: int = 0
+    since: str = ""
+
+
+class EngineDetail(Engine, frozen=True):
+    """One engine with its GPU and its process."""
+
+    gpu: str = ""
+    process: Process | None = None
+
+
+class EngineList(Document, frozen=True):
+    """All engines."""
+
+    engines: tuple[EngineDetail, ...]
+
+
 class Vram(Document, frozen=True):
     """Memory of a GPU."""
 

@@ -15,11 +15,12 @@ import click
 
 from gpulane.cli.checking import check
 from gpulane.cli.demo import demo
+from gpulane.cli.engines import engine_log, engine_restart, engines
 from gpulane.cli.gpus import drain, gpus, pause, resume, unpause
 from gpulane.cli.jobs import cancel, explain, job, jobs, prioritize
 from gpulane.cli.keys import key
-from gpulane.cli.serving import serve
 from gpulane.cli.locking import lock
+from gpulane.cli.serving import serve
 from gpulane.cli.simulating import sim_engine
 from gpulane.cli.submitting import submit
 from gpulane.cli.top import top
@@ -63,11 +64,11 @@ for command in (
     resume,
     pause,
     unpause,
-    top,
     engines,
     engine_log,
     engine_restart,
     lock,
+    top,
     key,
     sim_engine,
 ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from gpulane.cli.documents import Gpu, Job
+from gpulane.cli.documents import EngineDetail, Gpu, Job
 from gpulane.cli.output import Rows
 
 GIB = 1024**3
@@ -55,6 +55,25 @@ def gpu_rows(gpus: Sequence[Gpu]) -> Rows:
             )
     columns = ("gpu", "state", "job", "free memory", "service", "engine", "model", "engine state")
     return Rows(columns=columns, rows=tuple(rows), nothing="no GPUs")
+
+
+def engine_rows(engines: Sequence[EngineDetail]) -> Rows:
+    """List engines with their processes; of what is wrong, the process's word is the better one."""
+    rows = [
+        (
+            engine.url,
+            engine.gpu,
+            engine.service,
+            engine.state,
+            "" if engine.process is None else engine.process.state,
+            "" if engine.process is None or engine.process.pid is None else str(engine.process.pid),
+            "" if engine.process is None else str(engine.process.restarts),
+            (engine.process.why if engine.process is not None else "") or engine.why,
+        )
+        for engine in engines
+    ]
+    columns = ("engine", "gpu", "service", "state", "process", "pid", "restarts", "why")
+    return Rows(columns=columns, rows=tuple(rows), nothing="no engines", keep="engine")
 
 
 def job_facts(job: Job, *, now: datetime) -> list[tuple[str, str]]:

@@ -56,6 +56,7 @@ from gpulane.dispatcher.ports import GpuParts, NodeLease, NodeRecords
 from gpulane.dispatcher.recovery import Recovery
 from gpulane.dispatcher.results import ArtifactFolder, decode_result
 from gpulane.dispatcher.shown import Shown
+from gpulane.dispatcher.supervision import Supervision
 from gpulane.engine.base import RecordedResult, ServiceClient
 from gpulane.engine.probe import EngineWatch
 from gpulane.engine.progress import ProgressHub
@@ -130,6 +131,13 @@ class Gateway:
         self._tasks: asyncio.TaskGroup | None = None
         self._gpu_parts = self._shared_parts()
         self._owners = {gpu.id: self._owner(gpu) for gpu in parts.gpus}
+        self.supervision = Supervision(
+            parts.settings,
+            self._owners,
+            data_folder=parts.data_folder,
+            clock=parts.clock,
+            wall=parts.wall,
+        )
         self._shown = Shown(self._book, self._owners, parts.clock)
         self._book_is_ready = False
         self._spawned: set[asyncio.Task[None]] = set()
@@ -157,6 +165,7 @@ class Gateway:
         finally:
             self._tasks = None
             self._learning.keep()
+            await self.supervision.stop()
             for client in self._parts.clients.values():
                 await client.close()
 
@@ -192,6 +201,8 @@ class Gateway:
             on_pruned=lambda jobs: self._artifacts.drop(*jobs),
             chance=self._parts.chance,
         )
+        for coroutine in self.supervision.begin():
+            self._spawn(coroutine)
         for owner in self._owners.values():
             for watch in owner.watches.values():
                 self._spawn(watch.run())

@@ -58,6 +58,12 @@ class GpuOwner:
         """Nothing of ours is under way here, and every end is recorded."""
         return self._holder is None and not self.ending
 
+    def is_used(self, engine: EngineUrl) -> bool:
+        """Tell whether a job, ours or a stranger's, is or may be on this engine of the gpu."""
+        if f"stranger {engine}" in self._reasons:
+            return True
+        return self._holder is not None and (self.running is None or self.running.engine == engine)
+
     def own_jobs(self) -> frozenset[JobId]:
         return frozenset() if self.running is None else frozenset({self.running.job.id})
 

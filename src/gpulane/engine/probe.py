@@ -73,27 +73,34 @@ class EngineWatch:
         self._described_at = float("-inf")
         self._has_stranger = False
         self._soon = asyncio.Event()
+        self._life = 0
+        """Rises with each stop, start and end of the engine's process: older answers count no more."""
+        self._patient_until = float("-inf")
+        self.on_answer: Callable[[], None] = lambda: None
+        """Told of each answered probe; whoever supervises the process listens."""
 
     async def run(self) -> None:
         """Probe for ever, until cancelled."""
-        interval = STARTING_INTERVAL_SECONDS
+        interval: float | None = STARTING_INTERVAL_SECONDS
         while True:
             try:
-                await self.client.open()
-                answered = await self.look()
+                answered = self.state is not EngineState.STOPPED and await self._opened_look()
             except Exception as error:  # noqa: BLE001  a fault in here must not end what goes on beside it
                 # An answer that nobody foresaw: this engine cannot be used, and all others can.
                 _log.exception("look_broke", engine=self.client.url)
                 self._missed(EngineError(f"its answers are not understood: {type(error).__name__}"))
                 answered = False
-            if self._has_stranger:
+            if self.state is EngineState.STOPPED:
+                interval = None  # until `started` says so
+            elif self._has_stranger:
                 interval = STRANGER_INTERVAL_SECONDS
             elif answered and self.state is EngineState.READY:
                 interval = self._settings.interval_seconds
-            elif answered:
+            elif answered or self._is_awaited():
                 interval = STARTING_INTERVAL_SECONDS
             else:
-                interval = min(max(interval, STARTING_INTERVAL_SECONDS) * 1.5, LOST_INTERVAL_SECONDS_MAX)
+                slower = max(interval or 0.0, STARTING_INTERVAL_SECONDS) * 1.5
+                interval = min(slower, LOST_INTERVAL_SECONDS_MAX)
             try:
                 async with asyncio.timeout(interval):
                     await self._soon.wait()
@@ -113,15 +120,70 @@ class EngineWatch:
         """Probe now rather than at the end of the interval."""
         self._soon.set()
 
+    # --- what whoever supervises the engine's process says
+
+    def stopped(self, why: str, *, comes_back: bool = False) -> None:
+        """The engine is being stopped on purpose: it is not asked until `started`.
+
+        `comes_back`: for a hand-off, which starts it again for its next job; jobs may be placed meanwhile.
+        """
+        self._life += 1
+        if not comes_back and not (self.state is EngineState.STOPPED and self.why == why):
+            self._tell(EngineLost(engine=self.client.url, why=why))
+        self.state, self.why = EngineState.STOPPED, why
+        self._forget_work()
+
+    def started(self, why: str, *, patience_seconds: float) -> None:
+        """A process of the engine was started: it may take so long to its first answer."""
+        self._life += 1
+        if self.state in {EngineState.READY, EngineState.LEAKING}:
+            self._tell(EngineLost(engine=self.client.url, why=why))
+        self.state, self.why = EngineState.STARTING, why
+        self._patient_until = self._clock() + patience_seconds
+        self._forget_work()
+        self._soon.set()
+
+    def ended(self, why: str) -> None:
+        """The engine's process is known gone: that needs no misses."""
+        self._life += 1
+        self._patient_until = float("-inf")
+        self._lose(why, "process_ended")
+        self._forget_work()
+        self._soon.set()
+
+    def _is_awaited(self) -> bool:
+        return self.state is EngineState.STARTING and self._clock() < self._patient_until
+
+    def _forget_work(self) -> None:
+        """What the process held and did went with it."""
+        self._misses = self._refused = 0
+        self.report = None
+        if self.model != NO_MODEL:
+            self.saw_model(NO_MODEL)
+        if self._has_stranger:
+            self._set_stranger(False, ())
+
+    # --- probing
+
+    async def _opened_look(self) -> bool:
+        await self.client.open()
+        return await self.look()
+
     async def look(self) -> bool:
         """Probe once; returns whether the engine answered."""
-        occupancy, own = self._occupancy(), self._own_jobs()
+        life, occupancy, own = self._life, self._occupancy(), self._own_jobs()
         try:
             report = await self.client.probe(own)
+            if life != self._life:
+                return False
+            self.on_answer()
             if self._needs_description(report):
                 await self._describe(report)
         except EngineError as error:
-            self._missed(error)
+            if life == self._life:
+                self._missed(error)
+            return False
+        if life != self._life:
             return False
         self._misses = self._refused = 0
         self.report = report
@@ -176,16 +238,18 @@ class EngineWatch:
 
     async def _describe(self, report: ProbeReport) -> None:
         """Learn what it offers; a newly found engine must first prove that it computes."""
-        fresh = self.state is not EngineState.READY
+        fresh, life = self.state is not EngineState.READY, self._life
         if fresh and report.idle and self._take_card():
             try:
                 sings = await self.client.canary()
             finally:
                 self._give_card()
-            if not sings:
+            if not sings and life == self._life:
                 self._lose("it answers but computes nothing: its prompt thread is dead; restart it", "zombie")
                 return
         description = await self.client.describe()
+        if life != self._life:
+            return
         self._described_at = self._clock()
         if not fresh and self.description is not None and description.digest == self.description.digest:
             return
@@ -201,6 +265,8 @@ class EngineWatch:
 
     def _missed(self, error: EngineError) -> None:
         self._misses += 1
+        if self._is_awaited():
+            return  # it was started a moment ago and reads its models
         if self.state is EngineState.STARTING or self._misses >= self._settings.misses_max:
             self._lose(error.message, error.code)
         self._refused = self._refused + 1 if is_refused(error) else 0

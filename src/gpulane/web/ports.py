@@ -36,6 +36,8 @@ __all__ = [
     "Identity",
     "JobsPort",
     "Place",
+    "ProcessView",
+    "ProcessesPort",
     "QueueView",
     "Reason",
     "Role",
@@ -160,6 +162,26 @@ class EnginesPort(Protocol):
         ...
 
 
+class ProcessesPort(Protocol):
+    """The processes of engines, as far as operators may look at them and restart them."""
+
+    def process(self, url: EngineUrl) -> ProcessView | None:
+        """Show an engine's process; None when somebody else starts it. Raises NotFound."""
+        ...
+
+    def can_restart(self, url: EngineUrl) -> bool: ...
+
+    async def last_lines(self, url: EngineUrl, lines: int) -> list[str]:
+        """Read the end of an engine's output. Raises NotFound."""
+        ...
+
+    async def restart(self, url: EngineUrl, why: str, *, force: bool = False) -> None:
+        """Restart an engine; on return it was started, and is not ready yet. Raises NotFound, Conflict,
+        Unavailable.
+        """
+        ...
+
+
 class ValuesPort(Protocol):
     """Small values kept per account over restarts (A1111 options)."""
 
@@ -179,6 +201,10 @@ class WebContext:
     data_folder: Path
     new_job_id: Callable[[], JobId]
     """Random canonical UUID4."""
+    processes: ProcessesPort | None = None
+    """None: all engines are started by somebody else."""
+    grants: Grants = field(default_factory=Grants)
+    """GPUs granted to other programs."""
 
 
 class Front(Protocol):
@@ -191,7 +217,3 @@ class Front(Protocol):
         ...
 
     async def close(self) -> None: ...
-    processes: ProcessesPort | None = None
-    """None: all engines are started by somebody else."""
-    grants: Grants = field(default_factory=Grants)
-    """GPUs granted to other programs."""

@@ -8,12 +8,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gpulane.web.api.documents import JobChange, JobDocument, NewJobRequest
+from gpulane.web.api.documents import EngineRestart, JobChange, JobDocument, LockRequest, NewJobRequest
 from tests.integration.web.conftest import Door
 
 pytestmark = pytest.mark.anyio
 
 METHODS = {"get", "post", "put", "patch", "delete"}
+KINDS = {
+    ("POST", "/gpulane/v1/jobs"): NewJobRequest,
+    ("POST", "/gpulane/v1/engines/restart"): EngineRestart,
+    ("POST", "/gpulane/v1/locks"): LockRequest,
+}
 Described = set[tuple[str, str]]
 
 
@@ -46,7 +51,7 @@ async def test_submitted_bodies_are_understood(door: Door, root: Path) -> None:
     bodies = [(method, path, body) for method, path, body in curls(root) if body]
     assert len(bodies) >= 3
     for method, path, body in bodies:
-        kind = NewJobRequest if (method, path) == ("POST", "/gpulane/v1/jobs") else JobChange
+        kind = KINDS.get((method, path), JobChange)
         msgspec.json.decode(body.replace("$(cat workflow.json)", "{}"), type=kind)
     payload = next(body for _, _, body in bodies if "txt2img" in body)
     job = await door.json("POST", "/gpulane/v1/jobs", status=202, data=payload)

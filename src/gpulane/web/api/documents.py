@@ -160,6 +160,43 @@ class EngineDocument(msgspec.Struct, kw_only=True):
     version: str | None
 
 
+class ProcessDocument(msgspec.Struct, kw_only=True):
+    """The process of an engine that gpulane starts."""
+
+    state: Literal["starting", "ready", "stopped", "backing_off"]
+    why: str
+    pid: int | None
+    restarts: int
+    since: str
+    """When it came into this state."""
+    exit_status: int | None
+    """Of the process before this one; negative: the signal that ended it."""
+    is_adopted: bool
+    """An earlier gpulane started it."""
+
+
+class EngineDetail(EngineDocument, kw_only=True):
+    """One engine with its GPU and its process."""
+
+    gpu: str
+    can_restart: bool
+    process: ProcessDocument | None
+    """None: somebody else starts it."""
+
+
+class EngineList(msgspec.Struct, kw_only=True):
+    """All engines."""
+
+    engines: list[EngineDetail]
+
+
+class EngineRestart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """An engine to be restarted."""
+
+    url: Annotated[str, Meta(min_length=1, max_length=500)]
+    force: Annotated[bool, Meta(description="Also while a job runs there, which is lost by it.")] = False
+
+
 class VramDocument(msgspec.Struct, kw_only=True):
     """Memory of a GPU, all programs together; None where nobody tells."""
 

@@ -11,10 +11,11 @@ from aiohttp import web
 
 from gpulane.errors import NotFound
 from gpulane.web.api.asked import Asked, Endpoint, require
+from gpulane.web.api.engines import EnginesApi
 from gpulane.web.api.gpus import GpusApi
 from gpulane.web.api.jobs import JobsApi
-from gpulane.web.api.openapi import describe
 from gpulane.web.api.locks import LocksApi
+from gpulane.web.api.openapi import describe
 from gpulane.web.api.streams import StreamsApi
 from gpulane.web.errors import MethodNotAllowed
 from gpulane.web.feed import Feed
@@ -38,8 +39,9 @@ class NativeApi:
         self._feed = Feed(context.jobs, boot=secrets.token_hex(4))
         endpoints = (
             *JobsApi(context).endpoints(),
-            *GpusApi(context.jobs).endpoints(),
             *LocksApi(context).endpoints(),
+            *GpusApi(context.jobs).endpoints(),
+            *EnginesApi(context).endpoints(),
             *StreamsApi(context.jobs, self._feed).endpoints(),
             Endpoint(
                 method="GET",

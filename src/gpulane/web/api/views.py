@@ -13,16 +13,18 @@ from gpulane.web.api.documents import (
     ArtifactDocument,
     AttemptDocument,
     BandName,
+    EngineDetail,
     EngineDocument,
     ErrorDocument,
     GpuDocument,
     JobDocument,
+    ProcessDocument,
     ProgressDocument,
     QueueDocument,
     ReasonDocument,
     VramDocument,
 )
-from gpulane.web.ports import EngineView, GpuView, JobsPort, Place, QueueView, Reason
+from gpulane.web.ports import EngineView, GpuView, JobsPort, Place, ProcessView, QueueView, Reason
 
 _NOWHERE = Place(position=None, reason=None, estimated_start_seconds=None)
 
@@ -103,6 +105,37 @@ def gpu_document(gpu: GpuView, *, shows_job: bool) -> GpuDocument:
         engines=[_engine(engine) for engine in gpu.engines],
         vram=VramDocument(bytes_total=gpu.vram_bytes_total, bytes_free=gpu.vram_bytes_free),
         labels=sorted(gpu.labels),
+    )
+
+
+def engine_detail(engine: EngineView, process: ProcessView | None, *, can_restart: bool) -> EngineDetail:
+    """Show an engine with its process."""
+    shown = _engine(engine)
+    return EngineDetail(
+        url=shown.url,
+        service=shown.service,
+        name=shown.name,
+        state=shown.state,
+        why=shown.why,
+        model=shown.model,
+        flavor=shown.flavor,
+        version=shown.version,
+        gpu=engine.gpu,
+        can_restart=can_restart,
+        process=None if process is None else process_document(process),
+    )
+
+
+def process_document(process: ProcessView) -> ProcessDocument:
+    """Show a process."""
+    return ProcessDocument(
+        state=process.state.value,
+        why=process.why,
+        pid=process.pid,
+        restarts=process.restarts,
+        since=time_text(process.since),
+        exit_status=process.exit_status,
+        is_adopted=process.is_adopted,
     )
 
 
