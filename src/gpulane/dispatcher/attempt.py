@@ -12,8 +12,10 @@ import structlog
 
 from gpulane.core.decisions import StartAttempt
 from gpulane.core.events import ClaimLost
-from gpulane.core.model import EngineState, Failure, FailureKind, JobId, JobState, Token
+from gpulane.core.model import EngineState, Failure, FailureKind, GpuId, JobId, JobState, Token
+from gpulane.core.retry import OUT_OF_MEMORY
 from gpulane.dispatcher.ending import drop_record, settle
+from gpulane.dispatcher.hung import run_watched
 from gpulane.dispatcher.insist import try_for
 from gpulane.dispatcher.ports import Payload, Running
 from gpulane.engine.base import AttemptContext, Found, Outcome, ServiceClient, is_refused
@@ -81,7 +83,8 @@ class Attempt:
             return await self._end_unsent(running, record, f"its body cannot be read: {error!r}")
         if payload is None:
             return await self._end_bodiless(running, record)
-        if await self._is_clear(running) and await self._start(running):
+        is_clear = await self._is_clear(running) and await self._is_handed_over(running, record)
+        if is_clear and await self._start(running):
             await self._send(running, record, payload)
         return None
 
@@ -158,6 +161,22 @@ class Attempt:
                 return f"{client.url} is busy with work that did not come through here"
         return None
 
+    async def _is_handed_over(self, running: Running, record: JobRecord) -> bool:
+        """Take the card's lock file and make room on the card; else the job goes back to its place."""
+        owner = self._owner
+        blocked = None
+        if owner.card_lock is not None:
+            held_by = await owner.card_lock.acquire(running.job)
+            blocked = None if held_by is None else f"its lock file is held by {held_by}"
+        if blocked is None and owner.handoff is not None:
+            full = _ran_out_of_memory(record, owner.id)
+            blocked = await owner.handoff.clear(running.job, running.engine, unload_all=full)
+        if blocked is None and owner.is_stopping:
+            blocked = "the gateway is stopping"
+        if blocked is not None:
+            await self._give_back(running.job.id, running.token, blocked)
+        return blocked is None
+
     def _may_be_busy(self, other: ServiceClient, error: EngineError) -> bool:
         """Silence of another engine of the card proves nothing, until its watch has given it up as lost."""
         return not is_refused(error) and self._owner.watches[other.url].state is EngineState.READY
@@ -192,10 +211,21 @@ class Attempt:
         )
         running.enter(context)
         try:
-            outcome = await self._parts.clients[running.engine].run(context)
+            outcome = await run_watched(
+                self._parts.clients[running.engine],
+                context,
+                self._owner.id,
+                hub=self._parts.hub,
+                learned=self._parts.book.learned,
+                patience=self._parts.patience,
+                clock=self._parts.clock,
+                is_cancel_wanted=lambda: running.cancel_wanted,
+            )
         except Exception as error:  # noqa: BLE001  a fault in here must not end what goes on beside it
             _log.exception("engine_client_broke", job=running.job.id, engine=running.engine)
             outcome = broken(error)
+        if self._owner.handoff is not None and outcome.state is JobState.SUCCEEDED:
+            await self._owner.handoff.learn_peak(running.job, running.engine)
         await settle(self._owner, self, running, record, outcome)
 
     # --- attempts that never send anything
@@ -243,6 +273,12 @@ def broken(error: Exception) -> Outcome:
     message = f"a fault of the gateway: {type(error).__name__}; its log tells more"
     failure = Failure(kind=FailureKind.LOST, code="gateway_fault", message=message)
     return Outcome(state=JobState.FAILED, failure=failure, engine_idle=False)
+
+
+def _ran_out_of_memory(record: JobRecord, gpu: GpuId) -> bool:
+    """Tell whether an earlier attempt needed more of this card than others had left it."""
+    codes = {a.failure.code for a in record.attempts if a.gpu == gpu and a.failure is not None}
+    return OUT_OF_MEMORY in codes
 
 
 async def _erase_older(client: ServiceClient, job: JobId) -> str | None:

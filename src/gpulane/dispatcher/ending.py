@@ -73,6 +73,9 @@ async def settle(
     # then the book holds it for this one.
     owner.ending.add(running)
     owner.leave(holder)
+    if outcome.state is not JobState.CANCELLED:
+        # Before the end is recorded: a paused gpu must not be given the next job by that very event.
+        owner.note_end(outcome.failure)
     try:
         await _record_end(owner, running, record, outcome, used)
     except Exception:  # noqa: BLE001  a fault in here must not end what goes on beside it

@@ -11,14 +11,21 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+import structlog
+
+from gpulane.core.breaker import Breaker
 from gpulane.core.decisions import StartAttempt
-from gpulane.core.events import GpuFreed, GpuOccupied
-from gpulane.core.model import ClaimId, EngineUrl, Gpu, GpuId, JobId, Token
+from gpulane.core.events import GpuFreed, GpuOccupied, GpuPaused
+from gpulane.core.model import ClaimId, EngineUrl, Failure, Gpu, GpuId, JobId, Token
 from gpulane.dispatcher.attempt import Attempt
+from gpulane.dispatcher.cardlock import CardLock
+from gpulane.dispatcher.handoff import Handoff
 from gpulane.dispatcher.ports import GpuParts, Running
 from gpulane.engine.probe import EngineWatch
 from gpulane.store.base import Code
 from gpulane.store.node import GpuRecord
+
+_log = structlog.stdlib.get_logger(__name__)
 
 REST_SECONDS: Final = 0.5
 """How long a gpu rests when something was in the way: it will hardly be gone at once."""
@@ -37,6 +44,11 @@ class GpuOwner:
         self.watches: dict[EngineUrl, EngineWatch] = {}
         self.occupancy = 0
         """Rises by one whenever the card is taken by us or left: odd while we hold it."""
+        self.handoff: Handoff | None = None
+        """Clears the card for its next job; None: nothing to hand over (tests, a gpu with one engine)."""
+        self.card_lock: CardLock | None = None
+        """The file with which other programs take part."""
+        self.breaker = Breaker(parts.breaker_limits)
         self.is_stopping = False
         """Nothing new is begun; what is claimed but not started is given back."""
         self._holder: object | None = None
@@ -89,6 +101,7 @@ class GpuOwner:
     def free(self, key: str) -> None:
         """End one reason; the last one gives the gpu back to the queue."""
         if self._reasons.pop(key, None) is not None and not self._reasons:
+            self._unlock()
             self.parts.tell(GpuFreed(gpu=self.id))
 
     def take_for(self, key: str, why: str) -> bool:
@@ -140,11 +153,31 @@ class GpuOwner:
         self._holder = self.running = None
         self.occupancy += 1
         self.free("ending")
+        self._unlock()
 
     def _take(self, holder: object) -> None:
         assert self._holder is None, f"two attempts on {self.id}"
         self._holder = holder
         self.occupancy += 1
+
+    def _unlock(self) -> None:
+        """Let other programs have the card, once nothing of ours is or may be on it."""
+        if self.card_lock is not None and self._holder is None and not self._is_uncertain():
+            self.card_lock.release()
+
+    def _is_uncertain(self) -> bool:
+        return any(key.startswith("recovering") for key in self._reasons)
+
+    def note_end(self, failure: Failure | None) -> None:
+        """Count how an attempt ended: a gpu on which whatever runs fails rests, and comes back slowly."""
+        was_trying = self.breaker.is_trying
+        pause = self.breaker.after(failure)
+        if pause is None:
+            if was_trying:
+                self.parts.tell(GpuPaused(gpu=self.id, seconds=0.0))
+            return
+        _log.warning("gpu_paused", gpu=self.id, seconds=pause.seconds, failures=pause.failures)
+        self.parts.tell(GpuPaused(gpu=self.id, seconds=pause.seconds, failures=pause.failures))
 
     # --- its durable record, and its lease
 

@@ -16,13 +16,22 @@ import structlog
 
 from gpulane.config.settings import HandoffSettings
 from gpulane.core.book import Book
-from gpulane.core.events import EngineLeaking, EngineUnloaded, HandoffMeasured, LocalEvent
+from gpulane.core.events import (
+    CardMeasured,
+    EngineLeaking,
+    EngineUnloaded,
+    HandoffMeasured,
+    LocalEvent,
+    VramMeasured,
+)
 from gpulane.core.handoff import HandoffPlan, enough
-from gpulane.core.model import EngineUrl, Gpu, Job, Service
+from gpulane.core.model import NO_MODEL, EngineUrl, Gpu, Job, JobId, Service
 from gpulane.engine.base import ServiceClient
 from gpulane.engine.telemetry import Telemetry
 from gpulane.errors import EngineError
 
+CONTEXT_BYTES: Final = 700 * 1024**2
+"""What a process with a CUDA context holds without any model: some hundred MB (automatic1111.md 2)."""
 POLL_SECONDS: Final = 0.1
 """How often memory is measured at first, while it is expected to come free."""
 POLL_SECONDS_MAX: Final = 1.0
@@ -64,6 +73,9 @@ class Handoff:
         self._gpu = gpu
         self._parts = parts
         self._leaking: set[EngineUrl] = set()
+        self._bytes_total: int | None = None
+        self._cold: tuple[JobId, int] | None = None
+        """The job that began on an engine known to hold nothing, and what was free then."""
 
     async def clear(self, job: Job, engine: EngineUrl, *, unload_all: bool = False) -> str | None:
         """Make room for the job; returns None when it may start, or why it may not.
@@ -76,11 +88,14 @@ class Handoff:
         parts, gpu = self._parts, self._gpu
         if job.service is Service.LOCK and not self._others(engine):
             return None
+        self._cold = None
         bytes_free = await self.bytes_free(engine)
+        self._see_empty(bytes_free)
         plan = parts.book.handoff_plan(
             gpu.id, engine, job.model, bytes_free=bytes_free, unload_all=unload_all
         )
         if not plan.unload and not plan.make_loadable:  # 1
+            self._note_cold(job, engine, bytes_free)
             return None
         began = parts.clock()
         if plan.unload and not await self._unload(plan):  # 2
@@ -95,6 +110,8 @@ class Handoff:
         seconds = parts.clock() - began
         if plan.unload:
             parts.tell(HandoffMeasured(gpu=gpu.id, seconds=seconds, unloaded=plan.unload))
+        if self._is_empty(engine):
+            self._note_cold(job, engine, await self.bytes_free(engine))
         _log.info(
             "handed_over",
             gpu=gpu.id,
@@ -104,6 +121,20 @@ class Handoff:
             why=plan.why,
         )
         return None
+
+    async def learn_peak(self, job: Job, engine: EngineUrl) -> None:
+        """Note what a job needed that began on an engine that held nothing, by what is free after it.
+
+        Engines keep what they allocated until they are told to give it back, so the end shows the peak.
+        """
+        cold, self._cold = self._cold, None
+        if cold is None or cold[0] != job.id or job.model == NO_MODEL:
+            return
+        bytes_free = await self.bytes_free(engine)
+        if bytes_free is not None and cold[1] > bytes_free:
+            peak = cold[1] - bytes_free
+            measured = VramMeasured(gpu=self._gpu.id, service=job.service, model=job.model, bytes_peak=peak)
+            self._parts.tell(measured)
 
     async def unload_idle(self) -> None:
         """Have every engine of the card give its memory back; the caller holds the card."""
@@ -115,6 +146,7 @@ class Handoff:
         """Measure the card: the driver's word, else the engine's, else any other engine's. None: unknown."""
         reading = await self._parts.telemetry.read(self._gpu.uuid)
         if reading is not None and reading.bytes_free is not None:
+            self._see_total(reading.bytes_total)
             return reading.bytes_free
         urls = (engine, *(e.url for e in self._gpu.engines if e.url != engine))
         for url in urls:
@@ -123,8 +155,35 @@ class Handoff:
             except EngineError:
                 continue
             if found.bytes_free is not None:
+                self._see_total(found.bytes_total)
                 return found.bytes_free
         return None
+
+    # --- what memory tells of engines
+
+    def _see_total(self, bytes_total: int | None) -> None:
+        if bytes_total and bytes_total != self._bytes_total:
+            self._bytes_total = bytes_total
+            self._parts.tell(CardMeasured(gpu=self._gpu.id, bytes_total=bytes_total))
+
+    def _see_empty(self, bytes_free: int | None) -> None:
+        """A card with next to nothing in it holds no model, whatever was loaded before we came."""
+        total = self._bytes_total
+        if bytes_free is None or total is None:
+            return
+        contexts = CONTEXT_BYTES * len(self._gpu.engines)
+        if bytes_free + contexts < total:
+            return
+        for engine in self._gpu.engines:
+            if engine.service is not Service.LOCK and not self._is_empty(engine.url):
+                self._parts.tell(EngineUnloaded(gpu=self._gpu.id, engine=engine.url))
+
+    def _is_empty(self, engine: EngineUrl) -> bool:
+        return not self._parts.book.gpus[self._gpu.id].engines[engine].may_hold
+
+    def _note_cold(self, job: Job, engine: EngineUrl, bytes_free: int | None) -> None:
+        if bytes_free is not None and self._is_empty(engine):
+            self._cold = (job.id, bytes_free)
 
     # --- unloading
 

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from gpulane.adapters.base import EngineRequest
 from gpulane.core.book import Book
+from gpulane.core.breaker import BreakerLimits
 from gpulane.core.events import LocalEvent
 from gpulane.core.model import ClaimId, EngineUrl, GpuId, Job, JobId, NodeId, Seconds, Token
 from gpulane.core.policy import Policy
+from gpulane.core.watchdog import Patience
 from gpulane.engine.base import AnswerSink, AttemptContext, RecordedResult, ServiceClient
 from gpulane.engine.progress import ProgressHub
 from gpulane.store.base import JobRecord, Store
@@ -107,3 +109,7 @@ class GpuParts:
     clock: Callable[[], float]
     wall: Callable[[], float]
     chance: random.Random
+    patience: Patience = field(default_factory=Patience)
+    """How long a job may go without progress."""
+    breaker_limits: BreakerLimits = field(default_factory=BreakerLimits)
+    """When a gpu is paused because attempts keep failing there."""
