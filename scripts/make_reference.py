@@ -181,6 +181,8 @@ def as_yaml(value: ast.expr) -> str:
             return text or '""'
         case ast.Constant(value=number):
             return str(number)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):  # 512 * 1024
+            return str(int(as_yaml(left)) * int(as_yaml(right)))
         case ast.Tuple():
             return "[]"
         case ast.Dict():

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @settings_options
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check(*, as_json: bool, **given: object) -> None:
-    """Look at the settings, the data folder and the listeners, and ask every engine what it is.
+    """Look at the settings, the data folder and the listeners, list the cards with their UUIDs, and ask every
+    engine what it is.
 
     Ends with 1 when something is wrong with an engine, with 2 when it is with the settings.
     """

@@ -16,6 +16,7 @@ from gpulane.config.parse import is_loopback
 from gpulane.core.model import Service
 from gpulane.engine.base import Description
 from gpulane.engine.detect import Detected
+from gpulane.engine.telemetry import CardReading
 from gpulane.errors import EngineError
 
 _NAMES: Final = {
@@ -24,6 +25,7 @@ _NAMES: Final = {
     Service.HTTP: "an HTTP service",
     Service.LOCK: "a lock",
 }
+_GIB: Final = 1024**3
 _PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -129,6 +131,49 @@ def settings_findings(settings: Settings, *, source: str) -> list[Finding]:
     found += _same_places(engines)
     found.append(_keys(settings))
     return found
+
+
+def card_findings(settings: Settings, cards: Sequence[CardReading]) -> list[Finding]:
+    """List the cards that the driver knows, and compare them with the UUIDs of the settings.
+
+    Which entry stands for which card is never guessed: a person knows where an engine computes.
+    """
+    named = {gpu.uuid: name for name, gpu in settings.gpus.items() if gpu.uuid}
+    has_unnamed = len(named) < len(settings.gpus)
+    found: list[Finding] = []
+    for card in cards:
+        owner = named.get(card.uuid)
+        hint = f"if it is a card of the settings, write uuid: {card.uuid} there: the driver then measures it"
+        found.append(
+            Finding(
+                grade=Grade.OK,
+                subject="card" if owner is None else f"card of {owner}",
+                text=_card(card),
+                hints=(hint,) if owner is None and has_unnamed else (),
+            )
+        )
+    here = {card.uuid for card in cards}
+    why = (
+        "no card here has it"
+        if cards
+        else "no driver answers here (it is asked with the extra gpulane[nvml])"
+    )
+    hints = (
+        "until then its memory is as its engines tell it; the driver's UUIDs are those of `nvidia-smi -L`",
+        "(in a container, those of the cards that it was given)",
+    )
+    return found + [
+        Finding(grade=Grade.NOTE, subject=f"card of {name}", text=f"uuid {uuid}: {why}", hints=hints)
+        for uuid, name in named.items()
+        if uuid not in here
+    ]
+
+
+def _card(card: CardReading) -> str:
+    memory = "memory unknown"
+    if card.bytes_total is not None and card.bytes_free is not None:
+        memory = f"{card.bytes_total / _GIB:.1f} GiB, {card.bytes_free / _GIB:.1f} GiB free"
+    return f"{card.uuid} {card.name}, {memory}"
 
 
 def _keys(settings: Settings) -> Finding:

@@ -16,7 +16,7 @@ from typing import Final
 
 from platformdirs import user_data_path
 
-from gpulane.cli.findings import Asked, Finding, Grade, engine_finding, settings_findings
+from gpulane.cli.findings import Asked, Finding, Grade, card_findings, engine_finding, settings_findings
 from gpulane.config import EngineSettings, Settings
 from gpulane.config.parse import listen_address
 from gpulane.core.model import EngineUrl, Service
@@ -26,6 +26,7 @@ from gpulane.engine.comfyui import ComfyUIClient
 from gpulane.engine.control import ControlCalls
 from gpulane.engine.detect import detect
 from gpulane.engine.http import HttpServiceClient
+from gpulane.engine.telemetry import CardReading, Telemetry
 from gpulane.errors import EngineError, StoreError
 from gpulane.store.sqlite.database import migrations
 
@@ -34,11 +35,14 @@ DESCRIBE_SECONDS: Final = 20.0
 DATABASES: Final = {"queue.db": "gpulane.store.sqlite.queue", "node.db": "gpulane.store.sqlite.node"}
 
 
-async def inspect(settings: Settings, *, source: str) -> tuple[Finding, ...]:
-    """Look at everything; engines at the end, in the settings' order."""
+async def inspect(
+    settings: Settings, *, source: str, telemetry: Telemetry | None = None
+) -> tuple[Finding, ...]:
+    """Look at everything; engines at the end, in the settings' order. `telemetry`: where cards are seen."""
     findings = settings_findings(settings, source=source)
     findings.append(_data_folder(settings))
     findings += [await _listener(name, address) for name, address in _addresses(settings)]
+    findings += card_findings(settings, await _cards(telemetry or Telemetry()))
     engines = [
         _ask(name, engine)
         for name, gpu in settings.gpus.items()
@@ -47,6 +51,14 @@ async def inspect(settings: Settings, *, source: str) -> tuple[Finding, ...]:
     ]
     findings += [engine_finding(asked) for asked in await asyncio.gather(*engines)]
     return tuple(findings)
+
+
+async def _cards(telemetry: Telemetry) -> tuple[CardReading, ...]:
+    await telemetry.open()
+    try:
+        return await telemetry.cards()
+    finally:
+        await telemetry.close()
 
 
 async def _ask(gpu: str, engine: EngineSettings) -> Asked:

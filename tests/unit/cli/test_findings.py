@@ -1,13 +1,18 @@
 """What `check` says of what engines answered and of the settings."""
 
+from pathlib import Path
+
 import pytest
 
-from gpulane.cli.findings import Asked, Grade, engine_finding, settings_findings, summary
+from gpulane.cli.findings import Asked, Grade, card_findings, engine_finding, settings_findings, summary
+from gpulane.cli.inspection import inspect
 from gpulane.config import EngineSettings, parse_settings
 from gpulane.core.model import Service
 from gpulane.engine.base import Description
 from gpulane.engine.detect import Detected
+from gpulane.engine.telemetry import CardReading, Telemetry
 from gpulane.errors import EngineError
+from tests.unit.engine.fake_nvml import FakeCard, FakeNvml
 
 URL = "http://127.0.0.1:8188"
 COMFYUI = Description(
@@ -83,6 +88,50 @@ def test_one_engine_under_two_names() -> None:
     found = findings("gpus: {a: {engines: [8188]}, b: {engines: ['localhost:8188']}}")
     grade, text = found["settings"]
     assert grade is Grade.WRONG and "are one engine" in text
+
+
+GIB = 1024**3
+CARD = CardReading(uuid="GPU-a", name="NVIDIA Test", bytes_total=24 * GIB, bytes_free=20 * GIB)
+
+
+def cards(text: str, *found: CardReading) -> list[tuple[Grade, str, str, str]]:
+    made = card_findings(parse_settings(text), found)
+    return [(one.grade, one.subject, one.text, " ".join(one.hints)) for one in made]
+
+
+def test_cards_are_listed_by_uuid_and_no_entry_is_guessed() -> None:
+    (listed,) = cards("gpus: {a: {engines: [8188]}}", CARD)
+    assert listed[:3] == (Grade.OK, "card", "GPU-a NVIDIA Test, 24.0 GiB, 20.0 GiB free")
+    assert "write uuid: GPU-a" in listed[3]
+    (named,) = cards("gpus: {a: {engines: [8188], uuid: GPU-a}}", CARD)
+    assert named == (Grade.OK, "card of a", "GPU-a NVIDIA Test, 24.0 GiB, 20.0 GiB free", "")
+    assert cards("gpus: {a: {engines: [8188]}}") == []
+
+
+def test_a_card_that_tells_no_memory() -> None:
+    (listed,) = cards("gpus: {a: {engines: [8188], uuid: x}}", CardReading(uuid="x", name="N"))
+    assert listed[2] == "x N, memory unknown"
+
+
+def test_a_uuid_that_no_card_has() -> None:
+    text = "gpus: {a: {engines: [8188], uuid: GPU-b}}"
+    assert cards(text, CARD)[1][:3] == (Grade.NOTE, "card of a", "uuid GPU-b: no card here has it")
+    assert cards(text)[0][0] is Grade.NOTE and "no driver answers" in cards(text)[0][2]
+
+
+@pytest.mark.anyio
+async def test_cards_are_asked_for_and_a_driver_that_fails_ends_nothing(tmp_path: Path) -> None:
+    settings = parse_settings(f"{{gpus: {{}}, listen: '127.0.0.1:0', data: '{tmp_path}'}}")
+    driver = FakeNvml(FakeCard("GPU-a"), FakeCard("GPU-b"))
+    found = await inspect(settings, source="x", telemetry=Telemetry(driver))
+    assert [one.text.split()[0] for one in found if one.subject == "card"] == ["GPU-a", "GPU-b"]
+    assert not driver.is_up, "let go of again"
+    driver.error = 999
+    assert not [
+        one
+        for one in await inspect(settings, source="x", telemetry=Telemetry(driver))
+        if "card" in one.subject
+    ]
 
 
 @pytest.mark.parametrize(
