@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Final
 
@@ -28,8 +29,8 @@ PATIENCE_SECONDS: Final = 1.0
 queue."""
 FILE_MODE: Final = 0o666
 """Other users' programs must be able to take part; the folder's own mode says who."""
-OLDER_MAX: Final = 16
-"""Deleted lock files whose holders are still waited for; beyond that the gpu stays occupied."""
+DESCRIBE_SECONDS: Final = 2.0
+"""How long what was found out of a holder is repeated."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -46,6 +47,7 @@ class CardLock:
         self._ours: set[int] = set()
         self._note = b""
         self._told = ""
+        self._described: dict[int, tuple[Seconds, str]] = {}
 
     @property
     def path(self) -> Path:
@@ -101,7 +103,8 @@ class CardLock:
         self._told = ""
         for file in (*self._older, *self._current()):
             if file not in self._ours and not self._is_free(file):
-                return describe_holder(file)
+                return self._describe(file)
+        self._described.clear()
         self._forget_older()
         return None
 
@@ -118,9 +121,8 @@ class CardLock:
         held_by = self.held_by()
         if held_by is not None or not self._takes_part or job.service is Service.LOCK:
             return held_by
-        assert not self._ours, f"{self._path} is held for a job already"
         self._note = f"{os.getpid()} {job.id}\n".encode()
-        return next((describe_holder(file) for file in self._current() if not self._take(file)), None)
+        return next((self._describe(file) for file in self._current() if not self._take(file)), None)
 
     def _take(self, file: int) -> bool:
         if not _flocked(file):
@@ -151,7 +153,16 @@ class CardLock:
         self._file = file
         if self._ours and not self._take(file):
             # A stranger was quicker: two programs on one card, until one of them ends.
-            _log.error("lock_file_taken", path=str(self._path), by=describe_holder(file))
+            _log.error("lock_file_taken", path=str(self._path), by=self._describe(file))
+
+    def _describe(self, file: int) -> str:
+        """Name the holder; looked up now and then only, since a look goes through all processes at worst."""
+        now = time.monotonic()
+        at, text = self._described.get(file, (float("-inf"), ""))
+        if now - at >= DESCRIBE_SECONDS:
+            at, text = now, describe_holder(file)
+            self._described[file] = (at, text)
+        return text
 
     def _forget_older(self) -> None:
         """Close deleted files that nobody holds any more."""

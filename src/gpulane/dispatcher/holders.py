@@ -34,14 +34,15 @@ def describe_holder(file: int) -> str:
 
 def _lockers(file: os.stat_result) -> Iterator[int]:
     """Yield the living processes that called flock, by `/proc/locks`; one may have died after a fork."""
+    place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
     with contextlib.suppress(OSError):
         for line in LOCKS.read_text(encoding="ascii", errors="replace").splitlines():
             words = line.split()
             # `1: FLOCK ADVISORY WRITE 1234 08:01:131 0 EOF`; who waits has `->` in second place.
             if len(words) < 6 or words[1] != "FLOCK" or not words[4].isdigit():
                 continue
-            is_same = words[5].rpartition(":")[2] == str(file.st_ino)
-            if is_same and (PROCESSES / words[4]).exists():
+            # Where a file system shows other device numbers here, the open files below tell.
+            if words[5] == place and (PROCESSES / words[4]).exists():
                 yield int(words[4])
 
 

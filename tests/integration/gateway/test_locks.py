@@ -169,6 +169,27 @@ async def test_any_gpu_and_what_cannot_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("flock")
+async def test_with_a_lock_folder_strangers_wait_for_jobs(tmp_path: Path) -> None:
+    path = tmp_path / "locks/gpu0.lock"
+    async with small_fleet(tmp_path) as fleet, fleet.gateway(f"lock_dir: {path.parent}") as client:
+        assert path.parent.stat().st_mode & 0o022 == 0
+        job = await client.prompt(slow(steps=40, seed=7))
+        await until(lambda: client.is_running(job))
+        assert path.read_text() == f"{os.getpid()} {job}\n"
+        stranger = await asyncio.create_subprocess_exec(
+            "flock", path, "echo", "done", stdout=asyncio.subprocess.PIPE
+        )
+        async with asyncio.timeout(20):
+            out, _ = await stranger.communicate()
+        assert out == b"done\n"
+        assert (await client.job(job))["progress"] is None, "it was over"
+        assert (await client.ended(job))["state"] == "succeeded"
+        await until(lambda: is_idle(client))
+        with flocked(path):
+            pass
+
+
+@pytest.mark.needs("flock")
 async def test_a_stranger_with_flock_occupies_the_gpu(tmp_path: Path) -> None:
     async with small_fleet(tmp_path) as fleet, fleet.gateway() as client:
         stranger = await asyncio.create_subprocess_exec("flock", lock_file(fleet), "sleep", "60")
