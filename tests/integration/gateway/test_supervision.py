@@ -16,8 +16,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gpulane.core.model import EngineUrl
+from gpulane.config import parse_settings
+from gpulane.core.model import EngineState, EngineUrl, GpuState, Service
 from gpulane.engine.os_process import mark_of, marked
+from gpulane.service import running
 from gpulane.testing.judge import judge_files
 from tests.integration.gateway.small_fleet import slow, until
 
@@ -165,7 +167,7 @@ async def test_started_ready_killed_and_started_again_restarted_and_stopped_in_t
         assert second["process"]["restarts"] == 1
         assert second["process"]["pid"] != first["process"]["pid"]
 
-        job = await client.prompt(steps=100)
+        job = await client.prompt(steps=60)
         await client.renders(job)
         status, refused = await client.restart()
         assert (status, refused["error"]["code"]) == (409, "engine_in_use")
@@ -184,7 +186,7 @@ async def test_a_killed_gateway_finds_its_engine_and_its_render_again(scene: Sce
     scene.write(f"command: {shlex.join(scene.sim())!r}")
     async with scene.gateway(end=signal.SIGKILL) as client:
         pid = (await client.is_ready())["process"]["pid"]
-        job = await client.prompt(steps=100)
+        job = await client.prompt(steps=60)
         await client.renders(job)
     assert scene.marked() == [pid]
     async with scene.gateway() as client:
@@ -244,6 +246,28 @@ async def test_a_hung_engine_of_somebody_else_is_restarted_by_its_command(scene:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         await engine.wait()
+
+
+async def test_stopped_for_a_hand_off_it_is_no_loss_and_comes_back(scene: Scene) -> None:
+    scene.write(f"command: {shlex.join(scene.sim())!r}, stop_to_unload: true")
+    settings = parse_settings((scene.folder / "gpulane.yaml").read_text())
+    async with running(settings) as service:
+        gateway, url = service.gateway, scene.engine
+
+        async def is_ready() -> bool:
+            return gateway.engines(Service.COMFYUI)[0].state is EngineState.READY
+
+        await until(is_ready)
+        await gateway.supervision.stop_for_handoff(url)
+        view = gateway.engines(Service.COMFYUI)[0]
+        assert (view.state, view.why) == (EngineState.STOPPED, "stopped to free the card")
+        assert scene.marked() == []
+        assert gateway.gpus()[0].state is GpuState.IDLE, "jobs may be placed on it"
+        assert await gateway.supervision.start_again(url)
+        assert await gateway.supervision.start_again(url, seconds=0.0), "it runs"
+        await until(is_ready)
+        assert len(scene.marked()) == 1
+    assert scene.marked() == []
 
 
 async def test_refusals(scene: Scene) -> None:
