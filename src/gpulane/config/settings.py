@@ -71,8 +71,9 @@ class GpuSettings(_Section, frozen=True):
     labels: tuple[str, ...] = ()
     """Words that jobs can ask for."""
     uuid: str | None = None
-    """The driver's UUID of the card, as `gpulane check` prints it: with it the driver measures the card. It is
-    never guessed from the order of cards. Default: a digest of the engines' URLs, and no driver is asked."""
+    """The driver's UUID of the card, as `gpulane check` prints it: with it the driver measures the card. It
+    is never guessed from the order of cards. Default: a digest of the engines' URLs, and
+    no driver is asked."""
     speed: float = 1.0
     """Relative speed: of two idle warm gpus the faster one is taken."""
     warm_together: tuple[tuple[str, ...], ...] = ()
