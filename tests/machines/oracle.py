@@ -36,10 +36,12 @@ class WorldGpu:
     last_engine: str | None = None
     before: str | None = None
     """Last engine before the current claim."""
+    paused_until: float = 0.0
 
-    def usable(self) -> bool:
+    def usable(self, now: float) -> bool:
         return (
-            any(e.alive for e in self.engines.values())
+            self.paused_until <= now
+            and any(e.alive for e in self.engines.values())
             and not self.draining
             and not self.occupied
             and self.job is None

@@ -23,13 +23,16 @@ from gpulane.core.events import (
     CancelWanted,
     ClaimLost,
     ClaimProposed,
+    EngineLeaking,
     EngineLost,
     EngineReady,
+    EngineUnloaded,
     Event,
     GpuAdded,
     GpuDrained,
     GpuFreed,
     GpuOccupied,
+    GpuPaused,
     HolderAway,
     JobClaimed,
     JobEnded,
@@ -442,6 +445,25 @@ class Played(RuleBasedStateMachine):
         for engine in gpu.engines.values():
             engine.alive, engine.offers = True, offers
             self.tell(EngineReady(engine=EngineUrl(engine.url), offers=offers))
+
+    @rule(seed=seeds)
+    def engine_unloaded(self, seed: int) -> None:
+        """Nothing is told to unload while a job has the card."""
+        gpu, engine = self.engine(seed)
+        if gpu.job is None and engine.alive:
+            engine.holds = NO_MODEL
+            self.tell(EngineUnloaded(gpu=GpuId(gpu.id), engine=EngineUrl(engine.url)))
+
+    @rule(seed=seeds, leaking=seldom)
+    def engine_leaks(self, seed: int, leaking: bool) -> None:
+        """It is shown, and works on: this policy skips none."""
+        _, engine = self.engine(seed)
+        self.tell(EngineLeaking(engine=EngineUrl(engine.url), leaking=leaking))
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)), seconds=st.sampled_from([0.0, 0.0, 2.0]))
+    def gpu_paused(self, gpu: str, seconds: float) -> None:
+        self.world.gpus[gpu].paused_until = self.now + seconds
+        self.tell(GpuPaused(gpu=GpuId(gpu), seconds=seconds, failures=5))
 
     @rule(gpu=st.sampled_from(sorted(GPUS)), occupied=seldom)
     def stranger(self, gpu: str, occupied: bool) -> None:

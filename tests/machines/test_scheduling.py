@@ -65,7 +65,7 @@ class Scheduling(Played):
         assert len({s.candidates[0].job for s in starts}) == len(starts)
         for start in starts:
             gpu = self.world.gpus[start.gpu]
-            assert gpu.usable()
+            assert gpu.usable(self.now)
             assert len({c.job for c in start.candidates}) == len(start.candidates) <= 8
             for candidate in start.candidates:
                 entry = self.world.jobs[candidate.job]
@@ -83,7 +83,7 @@ class Scheduling(Played):
         free = [
             gpu.id
             for gpu in self.world.gpus.values()
-            if gpu.usable() and self.book.gpus[GpuId(gpu.id)].rest_until <= self.now
+            if gpu.usable(self.now) and self.book.gpus[GpuId(gpu.id)].rest_until <= self.now
         ]
         naive = Naive(self.world, self.now, self.slack)
         starts = self.proposed()

@@ -68,7 +68,12 @@ def test_constants_of_the_policy_are_those_in_force(root: Path) -> None:
     """The table shows what `serve` uses: the settings' word where they have one, else the policy's own."""
     in_force = dataclasses.asdict(_policy(Settings()))
     rows = [line.split(" | ") for line in (root / "docs/scheduling.md").read_text().splitlines()]
-    shown = {row[0].strip("|` "): float(row[1]) for row in rows if row[0].strip("| ").strip("`") in in_force}
+    words = {"false": 0.0, "true": 1.0}
+    shown = {
+        row[0].strip("|` "): words[row[1]] if row[1] in words else float(row[1])
+        for row in rows
+        if row[0].strip("| ").strip("`") in in_force
+    }
     assert shown == {name: float(value) for name, value in in_force.items()}
     assert set(shown) == {field.name for field in dataclasses.fields(Policy)}
 
