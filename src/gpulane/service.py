@@ -31,7 +31,7 @@ from platformdirs import user_data_path
 from gpulane.config import EngineSettings, GpuSettings, Settings
 from gpulane.config.parse import is_loopback, listen_address
 from gpulane.config.unloading import Unload, parse_unload
-from gpulane.core.model import ClaimId, Engine, EngineUrl, Gpu, GpuId, JobId, NodeId, Service
+from gpulane.core.model import ClaimId, Engine, EngineUrl, Gpu, GpuId, HandoffMode, JobId, NodeId, Service
 from gpulane.core.policy import Policy
 from gpulane.dispatcher.cardlock import CardLock
 from gpulane.dispatcher.gateway import Gateway, GatewayParts
@@ -43,6 +43,7 @@ from gpulane.engine.comfyui import ComfyUIClient, Timings
 from gpulane.engine.detect import detect
 from gpulane.engine.http import HttpServiceClient
 from gpulane.engine.lock import Grants, LockClient, lock_url
+from gpulane.engine.telemetry import Telemetry
 from gpulane.errors import ConfigError, StoreError
 from gpulane.store.base import Store
 from gpulane.store.memory import MemoryStore
@@ -133,6 +134,9 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             locks.own(gpu.name)
         card_locks = {gpu.id: _card_lock(gpu, lock_folder, settings, stack) for gpu in gpus}
         grants = Grants()
+        telemetry = Telemetry()
+        await telemetry.open()
+        stack.push_async_callback(telemetry.close)
         wires = {
             engine.url: EngineClient(engine.url, connections_max=ENGINE_CONNECTIONS_MAX)
             for gpu in gpus
@@ -163,6 +167,8 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
                 clock=time.monotonic,
                 wall=time.time,
                 new_claim=lambda: ClaimId(secrets.token_hex(8)),
+                telemetry=telemetry,
+                card_locks=card_locks,
             )
         )
         await stack.enter_async_context(gateway.running())
@@ -232,6 +238,8 @@ def _policy(settings: Settings) -> Policy:
         service_seconds_unknown=s.service_seconds_unknown,
         retry_seconds_base=r.rest_seconds,
         retry_seconds_max=r.rest_seconds_max,
+        handoff_margin_bytes=int(settings.handoff.margin_gib * GIB),
+        skip_leaking=settings.handoff.when_leaking == "skip",
     )
 
 
@@ -275,7 +283,8 @@ def _gpu(host: str, name: str, gpu: GpuSettings, node: NodeId, services: dict[st
     for engine in gpu.engines:
         assert isinstance(engine, EngineSettings), "settings are normalized"
         service = Service(engine.service) if engine.service else services[engine.url]
-        engines.append(Engine(url=EngineUrl(engine.url), service=service, name=engine.name))
+        mode = HandoffMode(engine.handoff)
+        engines.append(Engine(url=EngineUrl(engine.url), service=service, name=engine.name, handoff=mode))
     return Gpu(
         id=GpuId(f"{host}/{name}"),
         node=node,
@@ -285,12 +294,25 @@ def _gpu(host: str, name: str, gpu: GpuSettings, node: NodeId, services: dict[st
         vram_bytes=None if gpu.vram_gib is None else int(gpu.vram_gib * GIB),
         labels=frozenset(gpu.labels),
         speed=gpu.speed,
+        warm_together=frozenset(_named(names, name, engines) for names in gpu.warm_together),
     )
 
 
-def _card_lock(
-    gpu: Gpu, folder: Path, settings: Settings, stack: contextlib.AsyncExitStack
-) -> CardLock:
+def _named(names: tuple[str, ...], gpu: str, engines: list[Engine]) -> frozenset[EngineUrl]:
+    """Find the engines that a set of `warm_together` means: by service, port or URL. Raises ConfigError."""
+    found: set[EngineUrl] = set()
+    for name in names:
+        meant = {e.url for e in engines if name in {e.service.value, e.url, e.url.rpartition(":")[2], e.name}}
+        if not meant:
+            known = ", ".join(e.url for e in engines)
+            raise ConfigError(
+                f"gpus.{gpu}: warm_together: {name!r} is no engine of this GPU; there are: {known}"
+            )
+        found |= meant
+    return frozenset(found)
+
+
+def _card_lock(gpu: Gpu, folder: Path, settings: Settings, stack: contextlib.AsyncExitStack) -> CardLock:
     """Open a gpu's lock file. Raises ConfigError where jobs are to hold it and it cannot be used."""
     lock = CardLock(folder / f"{gpu.name}.lock", takes_part=settings.lock_dir is not None)
     stack.callback(lock.close)

@@ -147,6 +147,8 @@ class Attempt:
         owner, clients = self._owner, self._parts.clients
         others = [clients[engine.url] for engine in owner.gpu.engines if engine.url != target.url]
         for client in (target, *others):
+            if owner.watches[client.url].state is EngineState.STOPPED:
+                continue  # on purpose: nothing runs in it, and a hand-off starts it again
             idle = client.known_idle()
             if idle is None:
                 try:

@@ -28,6 +28,7 @@ from gpulane.core.model import (
 )
 from gpulane.core.retry import Again as RetryAgain
 from gpulane.core.retry import End, after_failure
+from gpulane.dispatcher.hung import HUNG
 from gpulane.dispatcher.insist import insist
 from gpulane.dispatcher.ports import GpuParts, Running
 from gpulane.dispatcher.results import encode_result
@@ -84,11 +85,19 @@ async def settle(
     finally:
         owner.ending.discard(running)
     _tell_end(owner, running, outcome)
+    if outcome.failure is not None and outcome.failure.code == HUNG and not outcome.engine_idle:
+        parts.spawn(_restart_hung(owner, running.engine))
     if outcome.engine_idle:
         await asyncio.sleep(RECORD_KEPT_SECONDS)
         await drop_record(parts, owner.id, running.token)
     else:
         parts.spawn(free_when_idle(owner, running))
+
+
+async def _restart_hung(owner: GpuOwner, engine: EngineUrl) -> None:
+    """Restart an engine that did not stop a hung job, where the settings say how; else it stays occupied."""
+    if owner.handoff is not None:
+        await owner.handoff.restart_hung(engine)
 
 
 async def free_when_idle(owner: GpuOwner, running: Running) -> None:

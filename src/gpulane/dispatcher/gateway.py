@@ -17,8 +17,9 @@ from typing import Final
 import structlog
 
 from gpulane.adapters.base import EngineRequest, decode_request
-from gpulane.config import Settings
+from gpulane.config import EngineSettings, Settings
 from gpulane.core.book import Book
+from gpulane.core.breaker import BreakerLimits
 from gpulane.core.decisions import StartAttempt
 from gpulane.core.events import (
     AttemptFailed,
@@ -45,8 +46,12 @@ from gpulane.core.model import (
     Service,
 )
 from gpulane.core.policy import Policy
+from gpulane.core.watchdog import Patience
+from gpulane.dispatcher.cardlock import CardLock
 from gpulane.dispatcher.gpu import GpuOwner
+from gpulane.dispatcher.handoff import Handoff, HandoffParts
 from gpulane.dispatcher.held import HeldCalls
+from gpulane.dispatcher.idle import unload_when_idle
 from gpulane.dispatcher.insist import insist
 from gpulane.dispatcher.intake import Intake
 from gpulane.dispatcher.learning import Learning
@@ -60,6 +65,7 @@ from gpulane.dispatcher.supervision import Supervision
 from gpulane.engine.base import RecordedResult, ServiceClient
 from gpulane.engine.probe import EngineWatch
 from gpulane.engine.progress import ProgressHub
+from gpulane.engine.telemetry import Telemetry
 from gpulane.errors import GpulaneError, StoreError, Unavailable
 from gpulane.relay.answer import HeldAnswer
 from gpulane.store.base import Code, JobQuery, JobRecord, Listener, NewJob, Reply, Retention, Store
@@ -95,6 +101,10 @@ class GatewayParts:
     new_claim: Callable[[], ClaimId]
     chance: random.Random = field(default_factory=random.Random)
     """For jitter."""
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    """The driver's word about cards; tells nothing where there is no driver."""
+    card_locks: Mapping[GpuId, CardLock] = field(default_factory=dict[GpuId, CardLock])
+    """The lock files with which other programs take part."""
 
 
 class JobFailed(GpulaneError):
@@ -138,6 +148,9 @@ class Gateway:
             clock=parts.clock,
             wall=parts.wall,
         )
+        handoff = self._handoff_parts()
+        for owner in self._owners.values():
+            owner.handoff = Handoff(owner.gpu, handoff)
         self._shown = Shown(self._book, self._owners, parts.clock)
         self._book_is_ready = False
         self._spawned: set[asyncio.Task[None]] = set()
@@ -203,9 +216,12 @@ class Gateway:
         )
         for coroutine in self.supervision.begin():
             self._spawn(coroutine)
+        idle_seconds = self._parts.settings.handoff.idle_unload_seconds
         for owner in self._owners.values():
             for watch in owner.watches.values():
                 self._spawn(watch.run())
+            if idle_seconds is not None:
+                self._spawn(unload_when_idle(owner, self._book, idle_seconds, self._parts.clock))
         for coroutine in (leases.run(), leases.prune(), self._learning.run(), self._copy_uncopied()):
             self._spawn(coroutine)
         self._loop.start()
@@ -287,13 +303,38 @@ class Gateway:
             clock=parts.clock,
             wall=parts.wall,
             chance=parts.chance,
+            patience=Patience(
+                hung_factor=parts.settings.health.hung_factor,
+                hung_seconds_min=parts.settings.health.hung_seconds_min,
+                hung_interrupt_seconds=parts.settings.health.hung_interrupt_seconds,
+            ),
+            breaker_limits=BreakerLimits(
+                failures_pause=parts.settings.health.failures_pause,
+                pause_seconds=parts.settings.health.pause_seconds,
+                pause_seconds_max=parts.settings.health.pause_seconds_max,
+            ),
         )
 
     def _owner(self, gpu: Gpu) -> GpuOwner:
         owner = GpuOwner(gpu, self._gpu_parts)
         for engine in gpu.engines:
             owner.watches[engine.url] = self._watch(owner, engine.url)
+        owner.card_lock = self._parts.card_locks.get(gpu.id)
         return owner
+
+    def _handoff_parts(self) -> HandoffParts:
+        engines = (engine for gpu in self._parts.settings.gpus.values() for engine in gpu.engines)
+        stoppable = (e.url for e in engines if isinstance(e, EngineSettings) and e.stop_to_unload)
+        return HandoffParts(
+            book=self._book,
+            clients=self._parts.clients,
+            settings=self._parts.settings.handoff,
+            telemetry=self._parts.telemetry,
+            restarts=self.supervision,
+            stoppable=frozenset(EngineUrl(url) for url in stoppable),
+            tell=self._loop.tell,
+            clock=self._parts.clock,
+        )
 
     def _watch(self, owner: GpuOwner, url: EngineUrl) -> EngineWatch:
         def on_stranger(seen: bool) -> None:

@@ -28,13 +28,14 @@ from gpulane.core.handoff import HandoffPlan, enough
 from gpulane.core.model import NO_MODEL, EngineUrl, Gpu, Job, JobId, Service
 from gpulane.engine.base import ServiceClient
 from gpulane.engine.telemetry import Telemetry
-from gpulane.errors import EngineError
+from gpulane.errors import EngineError, GpulaneError
 
 CONTEXT_BYTES: Final = 700 * 1024**2
 """What a process with a CUDA context holds without any model: some hundred MB (automatic1111.md 2)."""
-POLL_SECONDS: Final = 0.1
-"""How often memory is measured at first, while it is expected to come free."""
-POLL_SECONDS_MAX: Final = 1.0
+POLL_SECONDS: Final = 0.025
+"""How often memory is measured at first, while it is expected to come free: the job waits for it."""
+POLL_OFTEN_SECONDS: Final = 3.0
+POLL_SECONDS_LATER: Final = 0.5
 TRIES: Final = 2
 """Unloads per hand-off: a second one helps where the first came in the middle of something."""
 
@@ -49,6 +50,10 @@ class Restarts(Protocol):
     async def restart(self, url: EngineUrl, why: str, *, force: bool = False) -> None: ...
 
     async def stop_for_handoff(self, url: EngineUrl) -> None: ...
+
+    async def start_again(self, url: EngineUrl) -> bool:
+        """Start an engine that was stopped for a hand-off; True at once for every other one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +101,16 @@ class Handoff:
         )
         if not plan.unload and not plan.make_loadable:  # 1
             self._note_cold(job, engine, bytes_free)
-            return None
+            return None if await parts.restarts.start_again(engine) else f"{engine} does not come back"
         began = parts.clock()
         if plan.unload and not await self._unload(plan):  # 2
             refused = await self._leaks(plan)  # 4
             if refused is not None:
                 return refused
+        if not await parts.restarts.start_again(engine):
+            return f"{engine} was stopped for another engine and does not come back"
+        # Before anything is loaded again: what the job needs is the difference.
+        self._note_cold(job, engine, await self.bytes_free(engine))
         if plan.make_loadable:
             try:
                 await parts.clients[engine].make_loadable()
@@ -110,8 +119,6 @@ class Handoff:
         seconds = parts.clock() - began
         if plan.unload:
             parts.tell(HandoffMeasured(gpu=gpu.id, seconds=seconds, unloaded=plan.unload))
-        if self._is_empty(engine):
-            self._note_cold(job, engine, await self.bytes_free(engine))
         _log.info(
             "handed_over",
             gpu=gpu.id,
@@ -135,6 +142,17 @@ class Handoff:
             peak = cold[1] - bytes_free
             measured = VramMeasured(gpu=self._gpu.id, service=job.service, model=job.model, bytes_peak=peak)
             self._parts.tell(measured)
+
+    async def restart_hung(self, engine: EngineUrl) -> None:
+        """Restart an engine that hangs, where the settings say how."""
+        restarts = self._parts.restarts
+        if not restarts.can_restart(engine):
+            _log.warning("engine_hangs", engine=engine, hint="no `command` or `restart` in its settings")
+            return
+        try:
+            await restarts.restart(engine, "a job hung in it and could not be interrupted", force=True)
+        except GpulaneError as error:
+            _log.error("restart_failed", engine=engine, why=error.message)
 
     async def unload_idle(self) -> None:
         """Have every engine of the card give its memory back; the caller holds the card."""
@@ -215,18 +233,19 @@ class Handoff:
     async def _comes_free(self, plan: HandoffPlan, *, all_acknowledged: bool) -> bool:
         """Measure until enough is free. What cannot be measured is believed when all have acknowledged."""
         parts = self._parts
-        ends = parts.clock() + parts.settings.unload_seconds
-        pause = POLL_SECONDS
+        began = parts.clock()
+        ends = began + parts.settings.unload_seconds
         while True:
             bytes_free = await self.bytes_free(plan.unload[0])
             if bytes_free is None or plan.wanted_bytes_free is None:
                 return all_acknowledged
             if enough(bytes_free, plan):
                 return True
-            if parts.clock() + pause >= ends:
+            now = parts.clock()
+            pause = POLL_SECONDS if now - began < POLL_OFTEN_SECONDS else POLL_SECONDS_LATER
+            if now + pause >= ends:
                 return False
             await asyncio.sleep(pause)
-            pause = min(pause * 1.5, POLL_SECONDS_MAX)
 
     # --- when memory does not come free
 
@@ -252,7 +271,10 @@ class Handoff:
     async def _restart(self, plan: HandoffPlan) -> str | None:
         restartable = [url for url in plan.unload if self._parts.restarts.can_restart(url)]
         for url in restartable:
-            await self._parts.restarts.restart(url, "it leaks memory")
+            try:
+                await self._parts.restarts.restart(url, "it leaks memory", force=True)
+            except GpulaneError as error:
+                return f"{url} leaks memory and cannot be restarted: {error.message}"
         if restartable and await self._comes_free(plan, all_acknowledged=True):
             for url in restartable:
                 self._is_leaking(url, leaking=False, why="")

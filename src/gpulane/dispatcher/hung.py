@@ -20,6 +20,8 @@ from gpulane.core.watchdog import Patience, WatchStep, limit_seconds, step
 from gpulane.engine.base import AttemptContext, Outcome, ServiceClient
 from gpulane.engine.progress import Progress, ProgressHub
 
+HUNG: Final = "hung"
+"""Code of the failure of an attempt that showed no progress."""
 LOOK_SECONDS: Final = 1.0
 """How often a running attempt is looked at; limits are minutes."""
 
@@ -100,6 +102,6 @@ def _hung(outcome: Outcome | None) -> Outcome:
     if outcome is not None and outcome.state is JobState.SUCCEEDED:
         return outcome
     message = "it made no progress for far longer than jobs like it take, and was interrupted"
-    failure = Failure(kind=FailureKind.ENGINE, code="hung", message=message, killed_engine=True)
+    failure = Failure(kind=FailureKind.ENGINE, code=HUNG, message=message, killed_engine=True)
     idle = outcome is not None and outcome.engine_idle
     return Outcome(state=JobState.FAILED, failure=failure, engine_idle=idle)
