@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from typing import Any
 import aiohttp
 import pytest
 
+import gpulane
+from gpulane.errors import GpulaneError
 from tests.integration.gateway.small_fleet import Client, Fleet, slow, small_fleet, until
 
 pytestmark = pytest.mark.anyio
 
 LOCKS = "/gpulane/v1/locks"
+HOLDERS = 60
+HOLDERS_AT_ONCE = 12
 
 
 @dataclass(slots=True)
@@ -227,6 +232,43 @@ async def test_a_deleted_lock_file_counts_on(tmp_path: Path) -> None:
             assert (await client.job(job))["state"] == "queued"
             assert lock_file(fleet).exists(), "made anew for whoever comes"
         assert (await client.ended(job))["state"] == "succeeded"
+
+
+async def test_many_holders_in_many_ways_never_share_a_gpu(tmp_path: Path) -> None:
+    inside: dict[str, int] = {}
+    overlaps: list[str] = []
+    ends: list[str] = []
+
+    def hold(url: str, number: int) -> None:
+        """One program: well, out of time, or gone in the middle of its turn."""
+        seconds_max = 0.05 if number % 5 == 0 else 60.0
+        try:
+            with gpulane.lock(("gpu0", None)[number % 2], url=url, seconds_max=seconds_max) as held:
+                if inside.setdefault(held.name, number) != number:
+                    overlaps.append(f"{number} beside {inside[held.name]} on {held.name}")
+                if number % 5 == 0:
+                    assert held.lost.wait(20)
+                    ends.append("lost")
+                else:
+                    ends.append("well")
+                del inside[held.name]
+        except GpulaneError:
+            ends.append("refused")
+
+    async with small_fleet(tmp_path, gpus=2) as fleet, fleet.gateway() as client:
+        prompts = [await client.prompt(slow(steps=1, seed=100 + n)) for n in range(10)]
+        with ThreadPoolExecutor(HOLDERS_AT_ONCE) as pool:
+            loop = asyncio.get_running_loop()
+            await asyncio.gather(
+                *(loop.run_in_executor(pool, hold, client.url, number) for number in range(HOLDERS))
+            )
+        assert {(await client.ended(job))["state"] for job in prompts} == {"succeeded"}
+        await until(lambda: is_idle(client))
+        told = await client.get("/gpulane/v1/jobs?service=lock&limit=100")
+    assert overlaps == []
+    assert (ends.count("well"), len(ends)) == (HOLDERS * 4 // 5, HOLDERS)
+    assert {job["state"] for job in told["jobs"]} <= {"succeeded", "failed"}
+    assert fleet.judged().is_clean
 
 
 async def test_after_a_restart_the_file_tells(tmp_path: Path) -> None:
