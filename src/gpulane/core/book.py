@@ -156,7 +156,7 @@ class Book:
         f_of = {(band, account): f for band, account, f in snapshot.account_f}
         for gpu in self.gpus.values():
             gpu.draining = gpu.gpu.id in self.draining
-            gpu.job, gpu.started = None, False
+            gpu.forget_job()
         for waiting in sorted(snapshot.waiting, key=lambda w: (-w.job.priority, w.job.arrival)):
             self._open_account(waiting.job, f_of.get((waiting.job.band, waiting.job.account)))
             self._wait(waiting, now)
@@ -342,7 +342,7 @@ class Book:
         active = self._active(event)
         active.state, active.attempts = AttemptState.STARTED, event.attempts
         if (facts := self.gpus.get(active.gpu)) is not None:
-            facts.started = True
+            facts.start()
 
     def _released(self, event: JobReleased, now: Seconds) -> None:
         active = self._active(event)

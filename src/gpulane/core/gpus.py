@@ -178,6 +178,20 @@ class GpuFacts:
             self.engines[url].resident = NO_MODEL
         self.last_engine = engine
         self.served_seconds += predicted
+        if self.started:
+            self.start()
+
+    def start(self) -> None:
+        """From here on the engine of the claim may load, and hold that until it was seen to let go."""
+        self.started = True
+        if (last := self.engines.get(self.last_engine or EngineUrl(""))) is not None:
+            last.may_hold = last.engine.service is not Service.LOCK
+
+    def forget_job(self) -> None:
+        """Drops the claim, for what became of it is not known: any engine may have loaded meanwhile."""
+        self.job, self.started = None, False
+        for engine in self.engines.values():
+            engine.may_hold = engine.engine.service is not Service.LOCK
 
     def unclaim(self) -> None:
         """Takes back what `claim` assumed: no job was sent to the engine."""
@@ -191,10 +205,12 @@ class GpuFacts:
 
     def free(self, now: Seconds, *, proved: bool) -> None:
         """Ends the claim. `proved`: the attempt succeeded, so its model is loaded."""
-        if self.started and (last := self.engines.get(self.last_engine or EngineUrl(""))) is not None:
-            last.may_hold = last.engine.service is not Service.LOCK
-            if proved:
-                last.hold(last.resident)
+        if (
+            self.started
+            and proved
+            and (last := self.engines.get(self.last_engine or EngineUrl(""))) is not None
+        ):
+            last.hold(last.resident)
         if self.unproved is not None and not proved and self.unproved in self.engines:
             self.engines[self.unproved].resident = self.engines[self.unproved].held = NO_MODEL
         self.unproved = None

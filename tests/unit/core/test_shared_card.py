@@ -16,6 +16,7 @@ from gpulane.core.events import (
     HandoffMeasured,
     JobReleased,
     ModelSeen,
+    Snapshot,
     VramMeasured,
 )
 from gpulane.core.learned import Learned, LearnedValues
@@ -151,6 +152,20 @@ def test_the_cards_total_may_be_measured() -> None:
     view = desk.book.gpu_view(G0)
     assert view is not None
     assert view.bytes_total == 24 * GIB
+
+
+def test_what_was_started_may_hold_something_though_its_end_was_never_told() -> None:
+    desk = shared(12)
+    desk.submit("j1", model="B", service=Service.COMFYUI)
+    desk.claim(desk.starts()[0])
+    desk.tell(EngineUnloaded(gpu=G0, engine=A1111))
+    assert desk.book.handoff_plan(G0, A1111, MODEL_A).unload == (COMFY,)
+    nothing = Snapshot(
+        n=desk.book.n + 5, waiting=(), active=(), account_f=(), band_v=(), draining=frozenset(), paused=False
+    )
+    desk.book.restore(nothing, desk.now)
+    assert desk.book.handoff_plan(G0, A1111, MODEL_A).unload == (COMFY,)
+    assert desk.book.handoff_plan(G0, COMFY, MODEL_B).unload == (A1111,), "jobs nobody told of may have run"
 
 
 # --- leaks
