@@ -52,7 +52,7 @@ class Restarts(Protocol):
     async def stop_for_handoff(self, url: EngineUrl) -> None: ...
 
     async def start_again(self, url: EngineUrl) -> bool:
-        """Start an engine that was stopped for a hand-off; True at once for every other one."""
+        """Start an engine that was stopped for a hand-off; returns whether it is there again."""
         ...
 
 
@@ -101,14 +101,15 @@ class Handoff:
         )
         if not plan.unload and not plan.make_loadable:  # 1
             self._note_cold(job, engine, bytes_free)
-            return None if await parts.restarts.start_again(engine) else f"{engine} does not come back"
+            return await self._comes_back(engine)
         began = parts.clock()
         if plan.unload and not await self._unload(plan):  # 2
             refused = await self._leaks(plan)  # 4
             if refused is not None:
                 return refused
-        if not await parts.restarts.start_again(engine):
-            return f"{engine} was stopped for another engine and does not come back"
+        gone = await self._comes_back(engine)
+        if gone is not None:
+            return gone
         # Before anything is loaded again: what the job needs is the difference.
         self._note_cold(job, engine, await self.bytes_free(engine))
         if plan.make_loadable:
@@ -128,6 +129,12 @@ class Handoff:
             why=plan.why,
         )
         return None
+
+    async def _comes_back(self, engine: EngineUrl) -> str | None:
+        """Start the target again if it was stopped to make room for another."""
+        if engine not in self._parts.stoppable or await self._parts.restarts.start_again(engine):
+            return None
+        return f"{engine} was stopped for another engine and does not come back"
 
     async def learn_peak(self, job: Job, engine: EngineUrl) -> None:
         """Note what a job needed that began on an engine that held nothing, by what is free after it.
