@@ -347,6 +347,25 @@ def test_a_gpu_under_another_name_still_has_its_job(tmp_path: Path) -> None:
     play(tmp_path, story)
 
 
+def test_an_engine_taken_out_of_the_settings_still_occupies_its_card(tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        w.engines[COMFYUI].hold_seconds = 30
+        async with w.gateway() as gateway:
+            await ready(gateway)
+            job = await submitted(w, gateway)
+            await in_state(w, job, JobState.RUNNING)
+        w.engines[COMFYUI].is_silent = True  # it cannot be interrupted
+        w.gpus = (replace(w.gpus[0], engines=w.gpus[0].engines[1:]),)
+        async with w.gateway() as gateway:
+            other = await submitted(w, gateway, Service.A1111)
+            await asyncio.sleep(25)
+            assert await w.state(other) is JobState.QUEUED
+            w.engines[COMFYUI].is_silent = False
+            await in_state(w, other, JobState.SUCCEEDED)
+
+    play(tmp_path, story)
+
+
 def test_a_cancel_while_its_job_is_recovered_holds(tmp_path: Path) -> None:
     async def story(w: World) -> None:
         w.engines[COMFYUI].hold_seconds = 30
