@@ -1,4 +1,4 @@
-"""The whole gateway: its check, both services on one GPU, a kill in the middle, a stranger, the native API."""
+"""The whole gateway: its check, both services on one GPU, a kill, a stranger, the native API."""
 
 import asyncio
 import contextlib
