@@ -265,6 +265,8 @@ async def _interrupt(client: ServiceClient, job: JobId) -> None:
         await client.interrupt(job)
     except EngineError as error:
         _log.info("orphan_not_interrupted", job=job, why=error.message)
+    except Exception:  # noqa: BLE001  it only saves time: what comes after it waits until the engine is idle
+        _log.exception("interrupt_broke", job=job)
 
 
 def _lost(message: str, *, idle: bool) -> Outcome:

@@ -225,6 +225,9 @@ async def until_idle(client: ServiceClient, quiet_seconds: float, clock: Callabl
             refused_since = now if refused <= 1 else refused_since
             if refused >= REFUSALS_FOR_DEAD and now - refused_since >= quiet_seconds:
                 return False
+        except Exception:  # noqa: BLE001  this must not end before the engine is known idle
+            _log.exception("probe_broke", engine=client.url)
+            idle_since, refused = None, 0
         else:
             refused = 0
             if not report.idle:
