@@ -1,4 +1,4 @@
-"""The engines' own pages in a headless Chromium, under the gateway's prefixes; pictures in the drive's folder."""
+"""The engines' own pages in a headless Chromium, under the prefixes; pictures go to the drive's folder."""
 
 import contextlib
 import shutil
@@ -91,10 +91,8 @@ async def comfyui_page(ground: Ground) -> str:
     assert nodes >= 2, "the graph of the workflow is not there"
     assert told["kind"] == "execution_success" and told["same"], told
     assert told["seen"][0] == "execution_start" and "executed" in told["seen"], told
-    return (
-        f"graph of {nodes} nodes shown, {known} node types, prompt ran to {told['kind']}; {len(failures)} failed requests"
-        + tail(failures)
-    )
+    ran = f"graph of {nodes} nodes shown, {known} node types, prompt ran to {told['kind']}"
+    return f"{ran}; {len(failures)} failed requests" + tail(failures)
 
 
 async def a1111_page(ground: Ground) -> str:
