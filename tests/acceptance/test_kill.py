@@ -1,4 +1,4 @@
-"""kill -9 of the installed gateway with work queued and running: every accepted prompt ends exactly once (P2)."""
+"""kill -9 of the installed gateway with work queued and running: each accepted prompt ends exactly once (P2)."""
 
 import asyncio
 import contextlib
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+
 from tests.integration.gateway.small_fleet import Fleet, slow, small_fleet, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
