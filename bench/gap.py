@@ -171,9 +171,8 @@ async def measure_start(folder: Path, jobs: int) -> None:
         async with gateway(folder, ["comfyui:1"]) as (_, pid, seconds):
             times.append(seconds)
             memory = memory_mib(pid)
-    print(
-        f"start to ready with {jobs} jobs waiting: {statistics.median(times):.2f} s (median of 3), {memory:.0f} MiB"
-    )
+    seconds = statistics.median(times)
+    print(f"start to ready with {jobs} jobs waiting: {seconds:.2f} s (median of 3), {memory:.0f} MiB")
 
 
 def cpu_seconds(pid: int) -> float:
