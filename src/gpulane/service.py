@@ -150,9 +150,13 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
                 clock=time.monotonic,
                 wall=time.time,
                 new_claim=lambda: ClaimId(secrets.token_hex(8)),
+                client_for=lambda url, service: _client(Engine(url=url, service=service), settings),
             )
         )
-        await stack.enter_async_context(gateway.running())
+        try:
+            await stack.enter_async_context(gateway.running())
+        except StoreError as error:
+            raise ConfigError(f"data folder {data_folder}: {error.message}", hint=error.hint) from error
         addresses = await _listen(settings, listeners, gateway, node_store, data_folder, stack)
         yield Running(gateway=gateway, addresses=addresses)
 

@@ -97,7 +97,12 @@ class Attempt:
             claim=parts.new_claim(),
             lease_seconds=parts.lease.lease_seconds,
             candidates=tuple(
-                ClaimCandidate(job=c.job, engine=c.engine, charge_seconds=c.charge.total)
+                ClaimCandidate(
+                    job=c.job,
+                    engine=c.engine,
+                    charge_seconds=c.charge.total,
+                    despite_avoid=c.despite_avoid,
+                )
                 for c in decision.candidates
             ),
             lowest_f=decision.lowest_f,
