@@ -4,7 +4,8 @@
     python bench/gap.py --idle 30                    CPU and memory of an idle gateway with two engines
     python bench/gap.py --start 100000               start to `ready` with so many jobs waiting in the store
 
-The gateway is a process of its own (`gpulane serve`); the engines are simulated, in this process, over real sockets.
+The gateway is a process of its own (`gpulane serve`); the engines are simulated, in this process, over real
+sockets.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from gpulane.testing.card import Card, CardOptions
+from gpulane.testing.card import Card, CardOptions, Json
 from gpulane.testing.comfyui import SimComfyUI
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -40,12 +41,12 @@ class TimedComfyUI(SimComfyUI):
         self.gaps: list[float] = []
         send = self.hub.send
 
-        def timed_send(event: str, data: Any, client_id: str | None) -> None:
+        def timed_send(event: str, data: Json, client_id: str | None) -> None:
             send(event, data, client_id)
             if event == "executing" and data.get("node") is None:
                 self.done_at = time.perf_counter()
 
-        self.hub.send = timed_send  # type: ignore[method-assign]
+        self.hub.send = timed_send
 
     async def _post_prompt(self, request: web.Request) -> web.Response:
         if self.done_at is not None:
@@ -165,13 +166,13 @@ async def measure_start(folder: Path, jobs: int) -> None:
             )  # fmt: skip
         await store.close()
     times: list[float] = []
+    memory = 0.0
     for _ in range(3):
         async with gateway(folder, ["comfyui:1"]) as (_, pid, seconds):
             times.append(seconds)
             memory = memory_mib(pid)
-    print(
-        f"start to ready with {jobs} jobs waiting: {statistics.median(times):.2f} s (median of 3), {memory:.0f} MiB"
-    )
+    seconds = statistics.median(times)
+    print(f"start to ready with {jobs} jobs waiting: {seconds:.2f} s (median of 3), {memory:.0f} MiB")
 
 
 def cpu_seconds(pid: int) -> float:

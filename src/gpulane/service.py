@@ -167,11 +167,15 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
                 clock=time.monotonic,
                 wall=time.time,
                 new_claim=lambda: ClaimId(secrets.token_hex(8)),
+                client_for=lambda url, service: _client(Engine(url=url, service=service), settings),
                 telemetry=telemetry,
                 card_locks=card_locks,
             )
         )
-        await stack.enter_async_context(gateway.running())
+        try:
+            await stack.enter_async_context(gateway.running())
+        except StoreError as error:
+            raise ConfigError(f"data folder {data_folder}: {error.message}", hint=error.hint) from error
         addresses = await _listen(settings, listeners, gateway, grants, node_store, data_folder, stack)
         yield Running(gateway=gateway, addresses=addresses)
 
@@ -372,7 +376,9 @@ def _unload_of(engine: EngineSettings) -> Unload | None:
 
 def _said_of(url: EngineUrl, settings: Settings) -> EngineSettings:
     engines = [engine for gpu in settings.gpus.values() for engine in gpu.engines]
-    return next(e for e in engines if isinstance(e, EngineSettings) and e.url == url)
+    said = (e for e in engines if isinstance(e, EngineSettings) and e.url == url)
+    # One that was taken out of the settings while a job ran there is asked whether it is idle, no more.
+    return next(said, EngineSettings(url=url))
 
 
 async def _listen(

@@ -1,4 +1,4 @@
-"""kill -9 of the installed gateway with work queued and running: every accepted prompt ends exactly once (P2)."""
+"""kill -9 of the installed gateway, work queued and running: each accepted prompt ends exactly once (P2)."""
 
 import asyncio
 import contextlib
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+
 from tests.integration.gateway.small_fleet import Fleet, slow, small_fleet, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -78,7 +79,7 @@ async def test_every_accepted_prompt_ends_exactly_once(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{port}"
     ids = [str(uuid.uuid4()) for _ in range(PROMPTS)]
     async with small_fleet(tmp_path, gpus=2) as fleet, aiohttp.ClientSession() as http:
-        submitting: asyncio.Task[list[None]] | None = None
+        submitting: asyncio.Future[list[None]] | None = None
         for kill in range(KILLS):
             async with gateway_process(fleet, port) as process:
                 if submitting is None:

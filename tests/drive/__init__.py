@@ -1,6 +1,6 @@
-"""The acceptance flows against given real servers, with a dated report: `python -m tests.drive --comfyui-url URL
---a1111-url URL`.
+"""The acceptance flows against given real servers, with a dated report: `make
+drive COMFYUI_URL=... A1111_URL=...`.
 
-It starts a gateway of its own over the servers and works through it as clients do. The servers keep what any use of
-them leaves behind: pictures and history. It changes no option of theirs, and works without any model in ComfyUI.
+It starts a gateway of its own over the servers and works through it as clients do. The servers keep what any
+use of them leaves behind: pictures and history. It changes no option of theirs and needs no model in ComfyUI.
 """

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import aiohttp
 
-
 from tests.drive.flows import FLOWS, run_flow
 from tests.drive.ground import Ground, ground
 from tests.drive.report import Outcome, document
@@ -48,6 +47,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--a1111-url", action="append", default=[], metavar="URL", help="the first of each share a GPU"
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="default: docs/drive/YYYY-MM-DD.md")
+    parser.add_argument("--pace", type=float, default=1.0, help="below 1: shorter work")
     parser.add_argument("--no-browser", action="store_true", help="leave out the flows in Chromium")
     parser.add_argument(
         "--only", action="append", default=[], metavar="TEXT", help="flows so named; no report"
@@ -63,7 +63,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 async def drive(arguments: argparse.Namespace, folder: Path) -> tuple[list[Outcome], list[str]]:
     outcomes: list[Outcome] = []
     chosen = [f for f in FLOWS if not arguments.only or any(text in f.name for text in arguments.only)]
-    async with ground(folder, arguments.comfyui_url, arguments.a1111_url) as made:
+    async with ground(folder, arguments.comfyui_url, arguments.a1111_url, arguments.pace) as made:
         gpus = await gpu_lines(made)
         for flow in chosen:
             outcome = await run_flow(flow, made, with_browser=not arguments.no_browser)

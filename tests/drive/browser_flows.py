@@ -1,4 +1,4 @@
-"""The engines' own pages in a headless Chromium, under the gateway's prefixes. Pictures go to the drive's folder."""
+"""The engines' own pages in a headless Chromium, under the prefixes; pictures go to the drive's folder."""
 
 import contextlib
 import shutil
@@ -28,6 +28,7 @@ RUN_PROMPT = """async (workflow) => {
     });
     for (const kind of ["execution_start", "executed"])
         api.addEventListener(kind, () => seen.push(kind));
+    await window.app.loadApiJson(structuredClone(workflow), "drive");
     const answer = await api.queuePrompt(0, { output: workflow, workflow: window.app.graph.serialize() });
     const [kind, promptId] = await ended;
     return { kind, same: promptId === answer.prompt_id, seen };
@@ -83,14 +84,15 @@ async def comfyui_page(ground: Ground) -> str:
         await seen.page.wait_for_selector("canvas", state="visible", timeout=LOAD_MS)
         known = await seen.page.evaluate("() => Object.keys(window.LiteGraph.registered_node_types).length")
         told = await seen.page.evaluate(RUN_PROMPT, ground.workflows.slow(1, seed=new_seed()))
+        await seen.page.keyboard.press("Escape")  # the templates that a first visit shows
+        nodes = await seen.page.evaluate("() => window.app.graph.serialize().nodes.length")
         await seen.page.screenshot(path=ground.folder / "comfyui.png")
         failures = seen.failures()
+    assert nodes >= 2, "the graph of the workflow is not there"
     assert told["kind"] == "execution_success" and told["same"], told
     assert told["seen"][0] == "execution_start" and "executed" in told["seen"], told
-    return (
-        f"graph shown, {known} node types, prompt ran to {told['kind']}; {len(failures)} failed requests"
-        + tail(failures)
-    )
+    ran = f"graph of {nodes} nodes shown, {known} node types, prompt ran to {told['kind']}"
+    return f"{ran}; {len(failures)} failed requests" + tail(failures)
 
 
 async def a1111_page(ground: Ground) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import cast
 
 from tests.drive import a1111_flows, browser_flows, comfyui_flows, shared_flows
 from tests.drive.ground import Ground, Skipped, until
@@ -101,5 +102,5 @@ async def run_flow(flow: Flow, ground: Ground, *, with_browser: bool) -> Outcome
 
 def text_of(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
-        return "; ".join(text_of(one) for one in error.exceptions)
+        return "; ".join(text_of(one) for one in cast("BaseExceptionGroup[Exception]", error).exceptions)
     return f"{type(error).__name__}: {error}".removeprefix("AssertionError: ")[:SEEN_CHARACTERS_MAX]

@@ -191,7 +191,7 @@ async def until(claim: Callable[[], Awaitable[Any]], seconds: float = UNTIL_SECO
 
 
 @contextlib.asynccontextmanager
-async def ground(folder: Path, comfyui: list[str], a1111: list[str]) -> AsyncIterator[Ground]:
+async def ground(folder: Path, comfyui: list[str], a1111: list[str], pace: float) -> AsyncIterator[Ground]:
     """Measure the engines, start a gateway over them, and stop it at the end."""
     port = free_port()
     settings = folder / "gpulane.yaml"
@@ -216,8 +216,8 @@ async def ground(folder: Path, comfyui: list[str], a1111: list[str]) -> AsyncIte
             bob=Client(await session("127.0.0.2"), gateway.url),
             comfyui=engines,
             a1111=painters,
-            workflows=await Workflows.measured(engines),
-            pictures=await Pictures.measured(painters),
+            workflows=await Workflows.measured(engines, pace),
+            pictures=await Pictures.measured(painters, pace),
         )
         try:
             await gateway.start()

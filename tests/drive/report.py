@@ -29,8 +29,8 @@ def document(outcomes: Sequence[Outcome], *, date: str, version: str, gpus: Sequ
     lines = [
         f"# Drive against real servers, {date}",
         "",
-        f"gpulane {version}; {summary(counts)}, {sum(o.seconds for o in outcomes):.0f} s in all. The flows are in `tests/drive`;",
-        "`make drive COMFYUI_URL=... A1111_URL=...` runs them again.",
+        f"gpulane {version}; {summary(counts)}, {sum(o.seconds for o in outcomes):.0f} s in all.",
+        "The flows are in `tests/drive`; `make drive COMFYUI_URL=... A1111_URL=...` runs them again.",
         "",
         *(f"- {gpu}" for gpu in gpus),
         "",

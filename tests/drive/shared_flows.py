@@ -1,9 +1,10 @@
-"""The whole gateway: its check, both services on one GPU, a kill in the middle, a stranger, the native API."""
+"""The whole gateway: its check, both services on one GPU, a kill, a stranger, the native API."""
 
 import asyncio
 import contextlib
 import io
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 from PIL import Image
@@ -40,7 +41,7 @@ async def mixed(ground: Ground) -> str:
     """Both services at once on one GPU: never both busy, by the engines' own word."""
     number = ground.shared_gpu()
     one, other = ground.comfyui[number], ground.a1111[number]
-    async with watching(one, other) as seen, asyncio.TaskGroup() as tasks:
+    async with others_drained(ground, number), watching(one, other) as seen, asyncio.TaskGroup() as tasks:
         painting = [
             tasks.create_task(who.post("/sdapi/v1/txt2img", ground.pictures.slow(0.5, seed=new_seed())))
             for who in (ground.alice, ground.bob)
@@ -58,6 +59,19 @@ async def mixed(ground: Ground) -> str:
     text = seen.verdict()
     assert seen.busy_comfyui and seen.busy_a1111, f"the watched GPU did not work for both: {text}"
     return f"{len(prompts)} prompts and {len(painting)} pictures; {text}"
+
+
+@contextlib.asynccontextmanager
+async def others_drained(ground: Ground, number: int) -> AsyncIterator[None]:
+    """Have one GPU do all the work."""
+    others = [gpu["id"] for gpu in await ground.gpus() if gpu["name"] != f"gpu{number}"]
+    try:
+        for gpu in others:
+            (await ground.alice.post(f"/gpulane/v1/gpus/{gpu}/drain")).ok()
+        yield
+    finally:
+        for gpu in others:
+            (await ground.alice.post(f"/gpulane/v1/gpus/{gpu}/resume")).ok()
 
 
 async def kill(ground: Ground) -> str:
@@ -95,7 +109,12 @@ async def stranger(ground: Ground) -> str:
             await ground.alice.prompt(ground.workflows.slow(1, seed=new_seed()))
             for _ in range(3 * len(ground.comfyui))
         ]
-        await ground.alice.started(jobs[0])
+
+        async def is_ours_running() -> bool:
+            return bool((await engine.get("/queue")).ok().json["queue_running"])
+
+        # Sent while the gateway sends one of its own, it could come first: nobody could prevent that.
+        await until(is_ours_running)
         strange = await engine.prompt(ground.workflows.slow(4, seed=new_seed()))
 
         async def is_over() -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ if TYPE_CHECKING:
 Workflow = dict[str, Any]
 
 UNITS_MAX = 400
-UNIT_SECONDS_MIN = 0.005
+UNIT_SECONDS_MIN = 0.001
 MEASURED_UNITS = 5
 MEASURE_SECONDS = 120.0
 STEPS_MAX = 120
+FEW_STEPS, MANY_STEPS = 5, 35
 IMAGES_MAX = 40
 SLOW_NODES = ("SlowSteps", "SimSlow")
 """Test nodes that report progress; without one a chain of blurs takes time, too."""
@@ -25,22 +27,24 @@ class Workflows:
     """ComfyUI workflows in API format."""
 
     slow_node: str | None = None
+    pace: float = 1.0
+    """Everything takes so much of the time it is meant to take."""
     unit_seconds: float = 0.1
     """How long the fastest engine takes for one unit: a step of the test node, or one blur."""
 
     @classmethod
-    async def measured(cls, engines: "list[Client]") -> "Workflows":
+    async def measured(cls, engines: "list[Client]", pace: float) -> "Workflows":
         """Choose what all engines know, and time it on each."""
-        known = [set((await engine.get("/object_info")).ok().json) for engine in engines]
-        shared = set.intersection(*known) if known else set[str]()
-        made = cls(slow_node=next((name for name in SLOW_NODES if name in shared), None))
+        known: list[set[str]] = [set((await engine.get("/object_info")).ok().json) for engine in engines]
+        shared = known[0].intersection(*known) if known else set[str]()
+        made = cls(slow_node=next((name for name in SLOW_NODES if name in shared), None), pace=pace)
         if engines:
             timings = await asyncio.gather(*(made._time_on(engine) for engine in engines))
             made.unit_seconds = max(UNIT_SECONDS_MIN, min(timings))
         return made
 
     async def _time_on(self, engine: "Client") -> float:
-        prompt_id = await engine.prompt(self.units(MEASURED_UNITS, seed=77))
+        prompt_id = await engine.prompt(self.units(MEASURED_UNITS, seed=uuid.uuid4().int % 0xFFFFFF))
         async with asyncio.timeout(MEASURE_SECONDS):
             while not (entry := (await engine.get(f"/history/{prompt_id}")).ok().json.get(prompt_id)):
                 await asyncio.sleep(0.02)
@@ -53,7 +57,7 @@ class Workflows:
 
     def slow(self, seconds: float, seed: int) -> Workflow:
         """A workflow that takes about so long; another seed is another picture, so nothing is cached."""
-        return self.units(min(UNITS_MAX, max(1, math.ceil(seconds / self.unit_seconds))), seed)
+        return self.units(min(UNITS_MAX, max(1, math.ceil(seconds * self.pace / self.unit_seconds))), seed)
 
     def units(self, count: int, seed: int) -> Workflow:
         nodes: Workflow = {"1": empty(512 if self.slow_node is None else 64, seed)}
@@ -100,30 +104,34 @@ def save(source: str, prefix: str) -> Workflow:
 class Pictures:
     """A1111 requests: small pictures with the checkpoint that is there."""
 
+    pace: float = 1.0
     step_seconds: float = 0.05
     sampler: str = "Euler"
 
     @classmethod
-    async def measured(cls, engines: "list[Client]") -> "Pictures":
-        """Time a small picture on each engine; the first one loads the model."""
-        made = cls()
-        timings: list[float] = []
-        loop = asyncio.get_running_loop()
-        for engine in engines:
-            (await engine.post("/sdapi/v1/txt2img", made.small(seed=1))).ok()
-            began = loop.time()
-            (await engine.post("/sdapi/v1/txt2img", made.small(seed=2, steps=20))).ok()
-            timings.append((loop.time() - began) / 20)
+    async def measured(cls, engines: "list[Client]", pace: float) -> "Pictures":
+        """Time the steps of a small picture on each engine; the first one loads the model."""
+        made = cls(pace=pace)
+        timings = [await made._time_on(engine) for engine in engines]
         if timings:
             made.step_seconds = max(UNIT_SECONDS_MIN, min(timings))
         return made
 
+    async def _time_on(self, engine: "Client") -> float:
+        loop = asyncio.get_running_loop()
+        took: list[float] = []
+        for steps in (1, FEW_STEPS, MANY_STEPS):
+            began = loop.time()
+            (await engine.post("/sdapi/v1/txt2img", self.small(seed=steps, steps=steps))).ok()
+            took.append(loop.time() - began)
+        return (took[2] - took[1]) / (MANY_STEPS - FEW_STEPS)
+
     def small(self, *, seed: int, steps: int = 2, **more: object) -> Workflow:
-        request = {"prompt": f"picture {seed}", "steps": steps, "width": 64, "height": 64, "seed": seed}
+        request = {"prompt": "a picture", "steps": steps, "width": 64, "height": 64, "seed": seed}
         return {**request, "sampler_name": self.sampler, **more}
 
     def slow(self, seconds: float, *, seed: int, **more: object) -> Workflow:
         """A request that takes about so long."""
-        steps = max(1, math.ceil(seconds / self.step_seconds))
+        steps = max(1, math.ceil(seconds * self.pace / self.step_seconds))
         images = min(IMAGES_MAX, math.ceil(steps / STEPS_MAX))
         return self.small(seed=seed, steps=min(STEPS_MAX, steps), n_iter=images, **more)

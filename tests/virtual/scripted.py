@@ -27,12 +27,14 @@ from gpulane.core.model import (
     Token,
 )
 from gpulane.engine.base import (
+    REFUSED,
     AttemptContext,
     Description,
     Found,
     Outcome,
     ProbeReport,
     RecordedResult,
+    Vram,
 )
 from gpulane.errors import EngineError, StoreError
 from gpulane.store.base import (
@@ -105,6 +107,8 @@ class ScriptedEngine:
         self.tells_idle = service is Service.COMFYUI
         self.read_seconds = 0.0
         """How long a request lies in the socket before the engine reads it."""
+        self.hold_seconds: float | None = None
+        """How long each job takes; None: some seconds."""
         self._url = url
         self._service = service
         self._chance = chance
@@ -172,7 +176,9 @@ class ScriptedEngine:
     async def _answer(self) -> None:
         await asyncio.sleep(self._chance.random() * 0.02)
         if not self.is_up:
-            raise EngineError(f"{self._url} refuses connections", sent=False)
+            refused = EngineError(f"{self._url} refuses connections", sent=False)
+            refused.code = REFUSED
+            raise refused
         if self.is_silent:
             await asyncio.sleep(2.0)
             error = EngineError(f"{self._url} does not answer")
@@ -196,6 +202,16 @@ class ScriptedEngine:
             service=self._service, flavor="scripted", version="1", offers=None, documents={}, digest="1"
         )
 
+    async def unload(self) -> None:
+        await self._answer()
+
+    async def make_loadable(self) -> None:
+        await self._answer()
+
+    async def vram(self) -> Vram:
+        await self._answer()
+        return Vram()
+
     async def canary(self) -> bool:
         await self._answer()
         name = f"canary {self._chance.random()}"
@@ -215,7 +231,8 @@ class ScriptedEngine:
         self._history.pop(job, None)
         if self._strikes(self._trouble.loses):
             return _failed(FailureKind.LOST, "lost")
-        self.accept(job, 0.1 + self._chance.random() * 3)
+        seconds = self.hold_seconds
+        self.accept(job, 0.1 + self._chance.random() * 3 if seconds is None else seconds)
         if self._strikes(self._trouble.breaks):
             await asyncio.sleep(self._chance.random())
             return _failed(FailureKind.LOST, "connection_lost", idle=False)

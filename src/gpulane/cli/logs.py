@@ -34,7 +34,7 @@ def set_up_logs(settings: LogSettings) -> None:
     structlog.configure(
         processors=[*first, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=_make_printer,
         cache_logger_on_first_use=True,
     )
     lines = logging.StreamHandler(sys.stderr)
@@ -43,3 +43,18 @@ def set_up_logs(settings: LogSettings) -> None:
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=first, processors=[without_meta, *last])
     )
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[lines], force=True)
+
+
+class _Printer:
+    """Prints to whatever standard error is now: loggers are kept for the life of the process, a stream may
+    not be.
+    """
+
+    def msg(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    debug = info = warning = error = critical = exception = fatal = log = msg
+
+
+def _make_printer(*_: object) -> _Printer:
+    return _Printer()

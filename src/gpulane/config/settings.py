@@ -190,8 +190,8 @@ class RetrySettings(_Section, frozen=True):
     """When an attempt fails."""
 
     attempts_max: int = 3
-    rest_seconds: float = 2.0
-    """Rest before the second attempt; doubled for each further one, with up to half of it added at random."""
+    rest_seconds: float = 1.0
+    """Rest before the second attempt; doubled for each further one, of which half is drawn at random."""
     rest_seconds_max: float = 60.0
 
 
@@ -201,7 +201,7 @@ class SchedulingSettings(_Section, frozen=True):
     slack_loads: float = 20.0
     slack_cap_seconds_per_gpu: float = 60.0
     load_seconds_unknown: float = 10.0
-    service_seconds_unknown: float = 20.0
+    service_seconds_unknown: float = 15.0
 
 
 class LogSettings(_Section, frozen=True):

@@ -100,7 +100,12 @@ class Attempt:
             claim=parts.new_claim(),
             lease_seconds=parts.lease.lease_seconds,
             candidates=tuple(
-                ClaimCandidate(job=c.job, engine=c.engine, charge_seconds=c.charge.total)
+                ClaimCandidate(
+                    job=c.job,
+                    engine=c.engine,
+                    charge_seconds=c.charge.total,
+                    despite_avoid=c.despite_avoid,
+                )
                 for c in decision.candidates
             ),
             lowest_f=decision.lowest_f,
@@ -169,7 +174,7 @@ class Attempt:
         blocked = None
         if owner.card_lock is not None:
             held_by = await owner.card_lock.acquire(running.job)
-            blocked = None if held_by is None else f"its lock file is held by {held_by}"
+            blocked = held_by
         if blocked is None and owner.handoff is not None:
             full = _ran_out_of_memory(record, owner.id)
             blocked = await owner.handoff.clear(running.job, running.engine, unload_all=full)
@@ -219,6 +224,7 @@ class Attempt:
                 self._owner.id,
                 hub=self._parts.hub,
                 learned=self._parts.book.learned,
+                speed=self._owner.gpu.speed,
                 patience=self._parts.patience,
                 clock=self._parts.clock,
                 is_cancel_wanted=lambda: running.cancel_wanted,

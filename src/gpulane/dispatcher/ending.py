@@ -29,11 +29,10 @@ from gpulane.core.model import (
 from gpulane.core.retry import Again as RetryAgain
 from gpulane.core.retry import End, after_failure
 from gpulane.dispatcher.hung import HUNG
-from gpulane.dispatcher.insist import insist
+from gpulane.dispatcher.insist import insist, try_for
 from gpulane.dispatcher.ports import GpuParts, Running
 from gpulane.dispatcher.results import encode_result
 from gpulane.engine.base import AnswerSink, Outcome, RecordedResult
-from gpulane.errors import StoreError
 from gpulane.relay.answer import HeldAnswer
 from gpulane.store.base import Again, Code, JobRecord, Reply
 
@@ -44,6 +43,7 @@ RECORD_KEPT_SECONDS: Final = 0.25
 """How long an idle gpu's record may outlive its attempt, so that the next one's takes its place: a write
 less while an engine waits. A restart in between looks at the engine in vain."""
 
+DROP_SECONDS: Final = 20.0
 RESUMED_REST_SECONDS: Final = 0.05
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -111,10 +111,8 @@ async def drop_record(parts: GpuParts, gpu: GpuId, token: Token) -> None:
     """Note that a gpu is known idle. A record that stays behind costs a look at the engine after a
     restart.
     """
-    try:
-        await parts.records.drop_gpu_record(gpu, token)
-    except StoreError as error:
-        _log.error("gpu_record_not_dropped", gpu=gpu, why=error.message)
+    drop = parts.records.drop_gpu_record
+    await try_for(DROP_SECONDS, lambda: drop(gpu, token), "the drop of a gpu record")
 
 
 def recovering(running: Running) -> str:

@@ -99,6 +99,8 @@ class GatewayParts:
     wall: Callable[[], float]
     """Seconds since 1970, for records that people read."""
     new_claim: Callable[[], ClaimId]
+    client_for: Callable[[EngineUrl, Service], ServiceClient] | None = None
+    """Makes a client of an engine that is not in the settings any more, but may still occupy its card."""
     chance: random.Random = field(default_factory=random.Random)
     """For jitter."""
     telemetry: Telemetry = field(default_factory=Telemetry)
@@ -166,7 +168,13 @@ class Gateway:
         await self._begin_book()
         # Gpus with earlier work are occupied here, before anything may be decided.
         quiet_seconds = self._parts.settings.probe.quiet_seconds
-        earlier = await Recovery(self._gpu_parts, self._owners, quiet_seconds=quiet_seconds).begin()
+        recovery = Recovery(
+            self._gpu_parts,
+            self._owners,
+            quiet_seconds=quiet_seconds,
+            client_for=self._parts.client_for,
+        )
+        earlier = await recovery.begin()
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks

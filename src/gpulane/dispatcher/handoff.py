@@ -103,10 +103,12 @@ class Handoff:
             self._note_cold(job, engine, bytes_free)
             return await self._comes_back(engine)
         began = parts.clock()
+        unloaded = plan.unload
         if plan.unload and not await self._unload(plan):  # 2
             refused = await self._leaks(plan)  # 4
             if refused is not None:
                 return refused
+            unloaded = tuple(url for url in plan.unload if url not in self._leaking)
         gone = await self._comes_back(engine)
         if gone is not None:
             return gone
@@ -119,7 +121,7 @@ class Handoff:
                 return f"{engine} cannot load again: {error.message}"
         seconds = parts.clock() - began
         if plan.unload:
-            parts.tell(HandoffMeasured(gpu=gpu.id, seconds=seconds, unloaded=plan.unload))
+            parts.tell(HandoffMeasured(gpu=gpu.id, seconds=seconds, unloaded=unloaded))
         _log.info(
             "handed_over",
             gpu=gpu.id,

@@ -35,12 +35,13 @@ async def run_watched(
     *,
     hub: ProgressHub,
     learned: Learned,
+    speed: float,
     patience: Patience,
     clock: Callable[[], Seconds],
     is_cancel_wanted: Callable[[], bool],
 ) -> Outcome:
     """Run the attempt; one that hangs ends as a failed attempt that killed its engine."""
-    limit = limit_seconds(learned, context.job, gpu, patience)
+    limit = limit_seconds(learned, context.job, gpu, patience, speed=speed)
     if limit is None:
         return await client.run(context)
     watch = _Watch(context, hub, clock)

@@ -9,20 +9,20 @@ history, the queue again. Nothing is ever sent a second time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Final
 
 import structlog
 
 from gpulane.core.events import ActiveJob
-from gpulane.core.model import EngineUrl, Failure, FailureKind, GpuId, JobId, JobState
+from gpulane.core.model import EngineUrl, Failure, FailureKind, GpuId, JobId, JobState, Service
 from gpulane.dispatcher.attempt import broken
 from gpulane.dispatcher.ending import drop_record, free_when_idle, recovering, settle
 from gpulane.dispatcher.gpu import GpuOwner
 from gpulane.dispatcher.insist import insist
 from gpulane.dispatcher.ports import GpuParts, Running
 from gpulane.engine.base import AttemptContext, Found, Outcome, ServiceClient, is_refused
-from gpulane.engine.probe import REFUSALS_FOR_DEAD
+from gpulane.engine.probe import REFUSALS_FOR_DEAD, until_idle
 from gpulane.errors import EngineError
 from gpulane.store.base import Again, Code, JobRecord
 from gpulane.store.node import GpuRecord
@@ -38,10 +38,18 @@ _log = structlog.stdlib.get_logger(__name__)
 class Recovery:
     """Brings attempts of an earlier boot to their end."""
 
-    def __init__(self, parts: GpuParts, owners: Mapping[GpuId, GpuOwner], *, quiet_seconds: float) -> None:
+    def __init__(
+        self,
+        parts: GpuParts,
+        owners: Mapping[GpuId, GpuOwner],
+        *,
+        quiet_seconds: float,
+        client_for: Callable[[EngineUrl, Service], ServiceClient] | None,
+    ) -> None:
         self._parts = parts
         self._owners = owners
         self._quiet_seconds = quiet_seconds
+        self._client_for = client_for
 
     async def begin(self) -> list[Work]:
         """Occupy every gpu whose earlier work may still be under way; returns what brings each to its end.
@@ -52,7 +60,12 @@ class Recovery:
         actives = [a for a in (await store.snapshot()).active if a.started and a.node == node]
         jobs = [await store.job(active.job.id) for active in actives]
         records = await self._parts.records.gpu_records()
+        # An engine that was taken out of the settings may compute on: its card is not free for the others on
+        # it.
+        strangers = [record for record in records if self._owner_of(record.gpu, record.engine) is None]
+        services = [await store.job(record.job) for record in strangers]
         found = [self._begin_attempt(active, job) for active, job in zip(actives, jobs, strict=True)]
+        found += [self._begin_removed(r, job) for r, job in zip(strangers, services, strict=True)]
         return [*(work for work in found if work is not None), *self._begin_records(records)]
 
     def _begin_attempt(self, active: ActiveJob, record: JobRecord | None) -> Work | None:
@@ -86,6 +99,28 @@ class Recovery:
             owner.occupy(key, "waiting until the engine is known idle after the restart")
             found.append(self._settle_record(owner, key, record))
         return found
+
+    def _begin_removed(self, record: GpuRecord, job: JobRecord | None) -> Work | None:
+        owner = self._owners.get(record.gpu)
+        if owner is None or job is None or self._client_for is None:
+            return None
+        if job.job.service is Service.LOCK:
+            return None  # the gpu's lock file tells whether its program still runs
+        key = f"recovering record {record.job}"
+        owner.occupy(key, f"waiting until {record.engine}, no longer in the settings, is known idle")
+        return self._settle_removed(owner, key, record, self._client_for(record.engine, job.job.service))
+
+    async def _settle_removed(
+        self, owner: GpuOwner, key: str, record: GpuRecord, client: ServiceClient
+    ) -> None:
+        _log.info("recovering", gpu=owner.id, job=record.job, how="engine removed", engine=record.engine)
+        try:
+            await _interrupt(client, record.job)
+            await until_idle(client, self._quiet_seconds, self._parts.clock)
+        finally:
+            await client.close()
+        await drop_record(self._parts, record.gpu, record.token)
+        owner.free(key)
 
     def _owner_of(self, gpu: GpuId, engine: EngineUrl) -> GpuOwner | None:
         """A gpu may have got another name, or a machine another host name: the engine tells which one it
@@ -232,6 +267,8 @@ async def _interrupt(client: ServiceClient, job: JobId) -> None:
         await client.interrupt(job)
     except EngineError as error:
         _log.info("orphan_not_interrupted", job=job, why=error.message)
+    except Exception:  # noqa: BLE001  it only saves time: what comes after it waits until the engine is idle
+        _log.exception("interrupt_broke", job=job)
 
 
 def _lost(message: str, *, idle: bool) -> Outcome:

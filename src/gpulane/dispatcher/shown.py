@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from gpulane.core.book import Book
-from gpulane.core.model import EngineState, GpuId, GpuState, JobId, Service
+from gpulane.core.model import NO_MODEL, EngineState, GpuId, GpuState, JobId, Service
 from gpulane.dispatcher.gpu import GpuOwner
 from gpulane.views import EngineView, GpuView, Place, QueueView, Reason
 
@@ -89,6 +89,8 @@ class Shown:
 
     def _engines(self, owner: GpuOwner) -> tuple[EngineView, ...]:
         """Show what somebody runs there: that other programs may have the gpu is no engine to anybody."""
+        known = self._book.gpu_view(owner.id)
+        resident = {} if known is None else {engine.url: engine.model for engine in known.engines}
         return tuple(
             EngineView(
                 url=engine.url,
@@ -97,7 +99,8 @@ class Shown:
                 gpu=owner.id,
                 state=owner.watches[engine.url].state,
                 why=owner.watches[engine.url].why,
-                model=owner.watches[engine.url].model,
+                # What decisions go by; the watch alone knows less, since most engines do not tell.
+                model=resident.get(engine.url, NO_MODEL),
                 description=owner.watches[engine.url].description,
             )
             for engine in owner.gpu.engines

@@ -52,6 +52,8 @@ _QUESTIONS: Final = (
     # A webui started without --api has no /sdapi; it is named so that `check` can say what to add.
     _Question(target="/internal/pending-tasks", field="tasks", service=Service.A1111),
 )
+_OURSELVES: Final = "/gpulane/healthz"
+"""A gateway answers as ComfyUI and A1111 both; as an engine it would hand jobs round in circles."""
 
 
 async def detect(url: EngineUrl, *, seconds_max: float = SECONDS_MAX) -> Detected:
@@ -68,17 +70,29 @@ async def detect(url: EngineUrl, *, seconds_max: float = SECONDS_MAX) -> Detecte
 
 async def _ask_all(calls: ControlCalls, seconds_max: float) -> Detected:
     tasks: list[asyncio.Task[dict[str, object] | EngineError]] = []
+    ourselves: asyncio.Task[bool] | None = None
     try:
         async with asyncio.timeout(seconds_max), asyncio.TaskGroup() as group:
+            ourselves = group.create_task(_is_gateway(calls))
             tasks = [group.create_task(_ask(calls, question)) for question in _QUESTIONS]
     except TimeoutError:
         # What has been answered by now counts.
         pass
+    if ourselves is not None and ourselves.done() and not ourselves.cancelled() and ourselves.result():
+        return Detected(service=None, answers=True, why="it is a gpulane itself: name the engines behind it")
     answers = [task.result() if task.done() and not task.cancelled() else None for task in tasks]
     for question, answer in zip(_QUESTIONS, answers, strict=True):
         if isinstance(answer, dict) and question.field in answer:
             return Detected(service=question.service, flavor=_flavor(question, answers), answers=True)
     return _nothing([answer for answer in answers if answer is not None], seconds_max)
+
+
+async def _is_gateway(calls: ControlCalls) -> bool:
+    try:
+        status, body = await calls.fetch("GET", _OURSELVES)
+    except EngineError:
+        return False
+    return status == 200 and body == b"ok\n"
 
 
 async def _ask(calls: ControlCalls, question: _Question) -> dict[str, object] | EngineError:

@@ -200,35 +200,8 @@ class EngineWatch:
         self._tell(ModelSeen(gpu=self.gpu, engine=self.client.url, model=model))
 
     async def until_idle(self) -> bool:
-        """Wait until the engine is known idle (True) or its process is known gone (False).
-
-        Idle: two answered probes over new connections, `quiet_seconds` apart, since an engine may still read
-        the request of a
-        connection that broke. Gone: refused connections over the same time. Silence proves nothing: then
-        this waits on.
-        """
-        idle_since: float | None = None
-        refused = 0
-        refused_since = 0.0
-        while True:
-            now = self._clock()
-            try:
-                report = await self.client.probe(frozenset(), fresh=True)
-            except EngineError as error:
-                idle_since = None
-                refused = refused + 1 if is_refused(error) else 0
-                refused_since = now if refused <= 1 else refused_since
-                if refused >= REFUSALS_FOR_DEAD and now - refused_since >= self._settings.quiet_seconds:
-                    return False
-            else:
-                refused = 0
-                if not report.idle:
-                    idle_since = None
-                elif idle_since is None:
-                    idle_since = now
-                elif now - idle_since >= self._settings.quiet_seconds:
-                    return True
-            await asyncio.sleep(max(0.05, self._settings.quiet_seconds / 4))
+        """Wait until the engine is known idle (True) or its process is known gone (False)."""
+        return await until_idle(self.client, self._settings.quiet_seconds, self._clock)
 
     def _needs_description(self, report: ProbeReport) -> bool:
         if self.state is not EngineState.READY:
@@ -295,3 +268,38 @@ class EngineWatch:
         self._has_stranger = seen
         _log.info("stranger_seen" if seen else "stranger_gone", engine=self.client.url, jobs=jobs)
         self._on_stranger(seen)
+
+
+async def until_idle(client: ServiceClient, quiet_seconds: float, clock: Callable[[], float]) -> bool:
+    """Wait until the engine is known idle (True) or its process is known gone (False).
+
+    Idle: two answered probes over new connections, `quiet_seconds` apart, since an engine may still read
+    the request of a
+    connection that broke. Gone: refused connections over the same time. Silence proves nothing: then
+    this waits on.
+    """
+    idle_since: float | None = None
+    refused = 0
+    refused_since = 0.0
+    while True:
+        now = clock()
+        try:
+            report = await client.probe(frozenset(), fresh=True)
+        except EngineError as error:
+            idle_since = None
+            refused = refused + 1 if is_refused(error) else 0
+            refused_since = now if refused <= 1 else refused_since
+            if refused >= REFUSALS_FOR_DEAD and now - refused_since >= quiet_seconds:
+                return False
+        except Exception:  # noqa: BLE001  this must not end before the engine is known idle
+            _log.exception("probe_broke", engine=client.url)
+            idle_since, refused = None, 0
+        else:
+            refused = 0
+            if not report.idle:
+                idle_since = None
+            elif idle_since is None:
+                idle_since = now
+            elif now - idle_since >= quiet_seconds:
+                return True
+        await asyncio.sleep(max(0.05, quiet_seconds / 4))

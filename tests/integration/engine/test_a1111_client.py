@@ -170,6 +170,17 @@ async def test_a_task_that_never_started_stays_pending_and_is_no_work() -> None:
         assert idle[0] is False
 
 
+async def test_probes_in_between_do_not_make_an_own_stale_task_young_again() -> None:
+    async with scene() as here:
+        await here.run(SMALL | {"init_images": ["xxxx"]}, endpoint="img2img")
+        (stale,) = here.sim.sim_state()["pending"]
+        looks = here.client._looks
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not (await looks.look(JobId(stale))).is_idle:
+                await here.client.probe(frozenset({JobId(stale)}))
+                await asyncio.sleep(0.05)
+
+
 async def test_the_engine_dies_in_the_middle() -> None:
     async with scene(faults=Faults(crash_mid_jobs=1)) as here:
         sink = Sink()

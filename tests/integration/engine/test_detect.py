@@ -4,6 +4,7 @@ import asyncio
 import socket
 
 import pytest
+from aiohttp import web
 
 from gpulane.core.model import EngineUrl, Service
 from gpulane.engine.detect import detect
@@ -81,3 +82,24 @@ async def test_something_that_speaks_no_http() -> None:
 
 async def test_an_address_that_is_none() -> None:
     assert "not an engine's address" in (await detect(EngineUrl("ftp://x"))).why
+
+
+async def test_a_gateway_is_no_engine() -> None:
+    async def healthz(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def stats(_: web.Request) -> web.Response:
+        return web.json_response({"system": {}})
+
+    app = web.Application()
+    app.router.add_get("/gpulane/healthz", healthz)
+    app.router.add_get("/system_stats", stats)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    found = await detect(EngineUrl(f"http://127.0.0.1:{port}"))
+    await runner.cleanup()
+    assert found.service is None
+    assert "gpulane itself" in found.why

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+
 from tests.integration.gateway.small_fleet import Client, Fleet, picture, slow, small_fleet, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]

@@ -181,12 +181,14 @@ class Beside:
         this.
         """
         self._was_seen = self._was_seen or task.active or task.queued
-        if task.is_known or not self._was_seen:
+        if task.is_known:
             self._unknown_since = None
             return
         now = self._clock()
         self._unknown_since = now if self._unknown_since is None else self._unknown_since
-        if now - self._unknown_since >= self._pace.forgotten_seconds:
+        # One never seen may still be on its way to the engine, or have been done between two polls.
+        patience = self._pace.forgotten_seconds if self._was_seen else self._pace.silent_seconds_max
+        if now - self._unknown_since >= patience:
             seen = await self._looks.look(self._context.job.id)
             if seen.is_idle and seen.task is Task.UNKNOWN:
                 self.given_up.set()

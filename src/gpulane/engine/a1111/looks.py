@@ -73,10 +73,9 @@ class Looks:
         for job in own:
             task = await self.task(job)
             if task is not None and task.active:
-                strange = tuple(t for t in pending if t not in own)
-                return ProbeReport(idle=False, strange_jobs=self._not_stale(strange, is_idle=False))
+                return ProbeReport(idle=False, strange_jobs=self._strange(pending, own, is_idle=False))
         state = (await self.state(fresh=fresh)).state
-        strange = self._not_stale(tuple(t for t in pending if t not in own), is_idle=state.is_idle)
+        strange = self._strange(pending, own, is_idle=state.is_idle)
         is_idle = state.is_idle and not strange
         free, total = await self._card() if is_idle else (None, None)
         return ProbeReport(idle=is_idle, strange_jobs=strange, vram_bytes_free=free, vram_bytes_total=total)
@@ -138,6 +137,10 @@ class Looks:
             return ()
         self._has_tables = True
         return tuple(found.tasks)
+
+    def _strange(self, pending: tuple[str, ...], own: frozenset[JobId], *, is_idle: bool) -> tuple[str, ...]:
+        # How long each has waited is noted for our own tasks too: `look` goes by it, between any two probes.
+        return tuple(t for t in self._not_stale(pending, is_idle=is_idle) if t not in own)
 
     def _not_stale(self, pending: tuple[str, ...], *, is_idle: bool) -> tuple[str, ...]:
         """Leave out what has been waiting in an idle engine; only idle time counts."""
