@@ -26,8 +26,8 @@ from gpulane.core.model import (
     Seconds,
     Token,
 )
+from gpulane.core.retry import OUT_OF_MEMORY, End, after_failure
 from gpulane.core.retry import Again as RetryAgain
-from gpulane.core.retry import End, after_failure
 from gpulane.dispatcher.hung import HUNG
 from gpulane.dispatcher.insist import insist, try_for
 from gpulane.dispatcher.ports import GpuParts, Running
@@ -238,6 +238,9 @@ def _advise(owner: GpuOwner, running: Running, record: JobRecord, failure: Failu
         failure,
         attempts_counted=running.attempts + 1,
         engine_kills_before=killed,
+        out_of_memory_on=tuple(
+            a.gpu for a in record.attempts if a.failure is not None and a.failure.code == OUT_OF_MEMORY
+        ),
         avoid=record.avoid,
         gpu=owner.id,
         eligible=_eligible(parts, running.job),

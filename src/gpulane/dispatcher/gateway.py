@@ -25,6 +25,7 @@ from gpulane.core.events import (
     AttemptFailed,
     CancelWanted,
     GpuAdded,
+    GpuDrained,
     HolderAway,
     JobEnded,
     JobReleased,
@@ -408,6 +409,10 @@ class Gateway:
                 self._intake.forget(event.job)
             case AttemptFailed() | JobReleased():
                 self._held.waits_again(event.job)
+            case GpuDrained(draining=False):
+                # An operator's `resume` ends a pause as well.
+                if (resumed := self._owners.get(event.gpu)) is not None:
+                    resumed.forgive()
             case CancelWanted():
                 for owner in self._owners.values():
                     owner.cancel(event.job)

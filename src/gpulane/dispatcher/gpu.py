@@ -179,6 +179,12 @@ class GpuOwner:
         _log.warning("gpu_paused", gpu=self.id, seconds=pause.seconds, failures=pause.failures)
         self.parts.tell(GpuPaused(gpu=self.id, seconds=pause.seconds, failures=pause.failures))
 
+    def forgive(self) -> None:
+        """Forget that attempts failed here: somebody has looked at it."""
+        if self.breaker.is_trying:
+            self.parts.tell(GpuPaused(gpu=self.id, seconds=0.0))
+        self.breaker.reset()
+
     # --- its durable record, and its lease
 
     async def put_record(self, running: Running, stage: str, claim: ClaimId | None = None) -> None:

@@ -167,6 +167,9 @@ class Recovery:
 
         None: superseded.
         """
+        if owner.card_lock is not None:
+            # Programs that wait for the file must not get in beside a job that goes on.
+            await owner.card_lock.acquire(running.job, patience_seconds=0.0)
         client = self._parts.clients[running.engine]
         found = await self._find(client, running)
         if found is None:
