@@ -42,8 +42,13 @@ OVERRIDDEN = {
     "service_seconds_unknown": "scheduling.service_seconds_unknown",
     "retry_seconds_base": "retry.rest_seconds",
     "retry_seconds_max": "retry.rest_seconds_max",
+    "handoff_margin_bytes": "handoff.margin_gib",
+    "skip_leaking": "handoff.when_leaking",
 }
 """Constants of the policy that the settings replace (`_policy` in service.py)."""
+
+SAID_OTHERWISE = {"handoff_margin_bytes", "skip_leaking"}
+"""Those of them that the setting says in another unit or word: the constant's own value is shown."""
 
 UNSAID = {
     "GpuSettings.engines": "The engines that share the card, see the next table.",
@@ -58,6 +63,7 @@ UNSAID = {
     "SchedulingSettings.slack_cap_seconds_per_gpu": "Rule 1: the most slack, per usable GPU.",
     "SchedulingSettings.load_seconds_unknown": "Load time of a model that was never measured.",
     "SchedulingSettings.service_seconds_unknown": "Service time of a job of a kind that was never measured.",
+    "HealthSettings.pause_seconds_max": "The longest such pause.",
     "LogSettings.format": "Lines for people, or one JSON object a line.",
     "LogSettings.level": "What is less than this is not logged.",
 }
@@ -350,7 +356,11 @@ def scheduling(text: str, policy: tuple[Field, ...], sections: dict[str, Section
     rows = ["| constant | value | setting | why |", "|---|---|---|---|"]
     for field in policy:
         setting = OVERRIDDEN.get(field.name)
-        value = field.default if setting is None else setting_default(setting, sections)
+        value = (
+            field.default
+            if setting is None or field.name in SAID_OTHERWISE
+            else setting_default(setting, sections)
+        )
         shown = f"`{setting}`" if setting else ""
         rows.append(f"| `{field.name}` | {value} | {shown} | {field.about.replace('|', '&#124;')} |")
     return f"{head}{BEGIN}\n" + "\n".join(rows) + f"\n{END}{tail}"
