@@ -52,7 +52,8 @@ trace: setup-test ## real requests through the whole of it, with a report in doc
 	@$(PYTHON) bench/trace_run.py $(ARGS)
 
 bench: setup-test ## the kept benchmarks, one after the other (about five minutes)
-	@for run in decide.py store.py gap.py "gap.py --gpus 2" "gap.py --idle 20" "gap.py --start 100000"; do \
+	@for run in decide.py store.py gap.py "gap.py --gpus 2" "gap.py --idle 20" "gap.py --start 100000" \
+	  "handoff.py --jobs 12" "handoff.py --jobs 12 --vram-gib 24"; do \
 	  echo "== bench/$$run"; $(PYTHON) bench/$$run || exit 1; done
 
 

@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 
 import aiohttp
+from gap import gateway, until_ready
 
-from bench.gap import gateway, until_ready
 from gpulane.testing.a1111 import SimA1111
 from gpulane.testing.card import Card, CardOptions
 from gpulane.testing.comfyui import SimComfyUI
