@@ -6,7 +6,9 @@ Nothing of it is called here. Every call may hang with the driver: see `telemetr
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import sys
 from typing import Final, Protocol, cast
 
 NOT_THIS_CARD: Final = frozenset(
@@ -65,6 +67,8 @@ class Nvml(Protocol):
 
 def load() -> Nvml | None:
     """Import the library; None where it is not installed (extra `nvml`)."""
+    if not has_driver():
+        return None
     try:
         return cast("Nvml", importlib.import_module("pynvml"))
     except ImportError:
@@ -74,3 +78,14 @@ def load() -> Nvml | None:
 def concerns_one_card(nvml: Nvml, error: Exception) -> bool:
     """Tell an error of one card from one of the driver."""
     return isinstance(error, nvml.NVMLError) and getattr(error, "value", None) in NOT_THIS_CARD
+
+
+def has_driver() -> bool:
+    """Tell whether NVIDIA's driver is installed, before its library's 16 MiB of Python are loaded in vain."""
+    if sys.platform != "linux":
+        return True
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
