@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gpulane.engine.nvml import Nvml, load
+from gpulane.engine.nvml import Nvml
 from gpulane.engine.telemetry import THREADS_HUNG_MAX, CardReading, Telemetry
 from tests.unit.engine.fake_nvml import (
     DRIVER_NOT_LOADED,
@@ -189,9 +189,7 @@ async def test_a_caller_who_leaves_breaks_nothing(nvml: FakeNvml, clock: Clock) 
 
 
 def test_the_real_library_has_all_that_is_used() -> None:
-    real = load()
-    if real is None:
-        pytest.skip("nvidia-ml-py is not here")
+    real = pytest.importorskip("pynvml", reason="nvidia-ml-py is not here")
     names = [name for name, _ in inspect.getmembers(Nvml) if name.startswith(("nvml", "NVML"))]
     assert len(names) == 12
     assert [name for name in names if not hasattr(real, name)] == []
