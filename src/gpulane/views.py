@@ -74,6 +74,10 @@ class GpuView:
     vram_bytes_total: int | None
     vram_bytes_free: int | None
     labels: frozenset[str]
+    utilization_percent: float | None = None
+    """By the driver; None is unknown, as below."""
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

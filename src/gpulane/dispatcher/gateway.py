@@ -59,6 +59,7 @@ from gpulane.dispatcher.learning import Learning
 from gpulane.dispatcher.leases import LEASE_SECONDS, Leases
 from gpulane.dispatcher.loop import Loop
 from gpulane.dispatcher.ports import GpuParts, NodeLease, NodeRecords
+from gpulane.dispatcher.readings import Readings
 from gpulane.dispatcher.recovery import Recovery
 from gpulane.dispatcher.results import ArtifactFolder, decode_result
 from gpulane.dispatcher.shown import Shown
@@ -154,7 +155,8 @@ class Gateway:
         handoff = self._handoff_parts()
         for owner in self._owners.values():
             owner.handoff = Handoff(owner.gpu, handoff)
-        self._shown = Shown(self._book, self._owners, parts.clock)
+        self._readings = Readings(parts.telemetry, parts.gpus)
+        self._shown = Shown(self._book, self._owners, parts.clock, self._readings)
         self._book_is_ready = False
         self._spawned: set[asyncio.Task[None]] = set()
 
@@ -225,6 +227,7 @@ class Gateway:
         )
         for coroutine in self.supervision.begin():
             self._spawn(coroutine)
+        self._spawn(self._readings.run())
         idle_seconds = self._parts.settings.handoff.idle_unload_seconds
         for owner in self._owners.values():
             for watch in owner.watches.values():

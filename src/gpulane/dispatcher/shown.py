@@ -11,16 +11,24 @@ from collections.abc import Callable, Mapping
 from gpulane.core.book import Book
 from gpulane.core.model import NO_MODEL, EngineState, GpuId, GpuState, JobId, Service
 from gpulane.dispatcher.gpu import GpuOwner
+from gpulane.dispatcher.readings import Readings
 from gpulane.views import EngineView, GpuView, Place, QueueView, Reason
 
 
 class Shown:
     """Read-only pictures of the present."""
 
-    def __init__(self, book: Book, owners: Mapping[GpuId, GpuOwner], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        book: Book,
+        owners: Mapping[GpuId, GpuOwner],
+        clock: Callable[[], float],
+        readings: Readings | None = None,
+    ) -> None:
         self._book = book
         self._owners = owners
         self._clock = clock
+        self._readings = readings
 
     def gpus(self) -> tuple[GpuView, ...]:
         """All gpus of this node, in the order of the settings."""
@@ -72,6 +80,7 @@ class Shown:
         reports = [watch.report for watch in owner.watches.values() if watch.report is not None]
         totals = [r.vram_bytes_total for r in reports if r.vram_bytes_total is not None]
         frees = [r.vram_bytes_free for r in reports if r.vram_bytes_free is not None]
+        card = None if self._readings is None else self._readings.last(owner.id)
         return GpuView(
             id=owner.id,
             name=owner.gpu.name,
@@ -81,10 +90,15 @@ class Shown:
             why=owner.why,
             job=None if known is None else known.job,
             engines=self._engines(owner),
-            vram_bytes_total=owner.gpu.vram_bytes or max(totals, default=None),
+            vram_bytes_total=(card and card.bytes_total) or owner.gpu.vram_bytes or max(totals, default=None),
             # Engines count their own cache as free or not: the smallest answer is the safe one.
-            vram_bytes_free=min(frees, default=None),
+            vram_bytes_free=(
+                min(frees, default=None) if card is None or card.bytes_free is None else card.bytes_free
+            ),
             labels=owner.gpu.labels,
+            utilization_percent=None if card is None else card.utilization_percent,
+            temperature_celsius=None if card is None else card.temperature_celsius,
+            power_watts=None if card is None else card.power_watts,
         )
 
     def _engines(self, owner: GpuOwner) -> tuple[EngineView, ...]:

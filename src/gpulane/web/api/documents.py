@@ -217,6 +217,10 @@ class GpuDocument(msgspec.Struct, kw_only=True):
     engines: list[EngineDocument]
     vram: VramDocument
     labels: list[str]
+    utilization_percent: float | None = None
+    """By the driver; null where it does not tell."""
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
 
 
 class GpuList(msgspec.Struct, kw_only=True):

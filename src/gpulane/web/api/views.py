@@ -105,6 +105,9 @@ def gpu_document(gpu: GpuView, *, shows_job: bool) -> GpuDocument:
         engines=[_engine(engine) for engine in gpu.engines],
         vram=VramDocument(bytes_total=gpu.vram_bytes_total, bytes_free=gpu.vram_bytes_free),
         labels=sorted(gpu.labels),
+        utilization_percent=gpu.utilization_percent,
+        temperature_celsius=gpu.temperature_celsius,
+        power_watts=gpu.power_watts,
     )
 
 
