@@ -23,6 +23,10 @@ PORT_MAX: Final = 65_535
 _UNKNOWN_FIELD = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$(?P<path>[^`]*)`)?")
 _PATH = re.compile(r"/[\x21-\x7e]*\Z")
 _GPU_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
+_MAYBE_PORTS: Final = frozenset({"url", "warm_together"})
+"""Settings below `gpus` that name engines, so that a bare port may stand there."""
+_DEPTH_MAX: Final = 6
+"""How deep such a port lies: gpus, name, engines, item, url."""
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "ip6-localhost", "ip6-loopback"})
 
 
@@ -41,12 +45,26 @@ def parse_settings(text: str, *, source: str = "settings", allow_anonymous: bool
     if loaded is None:
         loaded = {}
     try:
-        settings = msgspec.convert(loaded, Settings)
+        settings = msgspec.convert(_with_ports_as_text(loaded), Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_explained(str(error))}") from error
     if allow_anonymous:
         settings = msgspec.structs.replace(settings, allow_anonymous=True)
     return check_settings(settings, source=source)
+
+
+def _with_ports_as_text(value: object, key: str = "", depth: int = 0) -> object:
+    """Write a port as text where an engine is named: YAML reads 8188 as a number."""
+    same = value
+    if isinstance(value, dict) and depth < _DEPTH_MAX:
+        inner = typing.cast("dict[object, object]", value)
+        wanted = {"gpus"} if depth == 0 else inner.keys()
+        return {k: _with_ports_as_text(v, str(k), depth + 1) if k in wanted else v for k, v in inner.items()}
+    if isinstance(value, list) and depth < _DEPTH_MAX:
+        return [_with_ports_as_text(v, key, depth + 1) for v in typing.cast("list[object]", value)]
+    if key in _MAYBE_PORTS and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return same
 
 
 def check_settings(settings: Settings, *, source: str = "settings") -> Settings:

@@ -88,3 +88,18 @@ def test_listen_addresses(text: str, address: tuple[str, int]) -> None:
 )
 def test_loopback(host: str, *, expected: bool) -> None:
     assert is_loopback(host) is expected
+
+
+def test_a_bare_port_is_a_number_in_yaml() -> None:
+    text = "gpus: {a: {engines: [{url: 8188, service: comfyui}, {url: 7860}], warm_together: [[8188, 7860]]}}"
+    gpu = parse_settings(text).gpus["a"]
+    assert [e.url for e in gpu.engines if isinstance(e, EngineSettings)] == [
+        "http://127.0.0.1:8188",
+        "http://127.0.0.1:7860",
+    ]
+    assert gpu.warm_together == (("8188", "7860"),)
+
+
+def test_only_a_port_may_be_a_number() -> None:
+    with pytest.raises(ConfigError, match="Expected `str`"):
+        parse_settings("gpus: {a: {engines: [{url: 8188, name: 5}]}}")
