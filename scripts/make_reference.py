@@ -211,6 +211,8 @@ def type_in_words(written: str) -> str:
         "int": "whole number",
         "bool": "true or false",
         "tuple[str, ...]": "list of text",
+        "tuple[tuple[str, ...], ...]": "list of lists of text",
+        "dict[str, str]": "text by name",
     }
     if choices in words:
         return words[choices]
