@@ -4,8 +4,9 @@ They are set when the engine is made or by `POST /sim/faults` on the engine itse
 /sim/state`. Both paths are the simulator's own: no real engine has them.
 """
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Final, Literal
 
 from gpulane.testing.card import Json
@@ -47,11 +48,13 @@ class Faults:
     unload: UnloadFault = "ok"
     """`late`: acknowledged, done `unload_seconds` later; `lies`: never done; `hangs`: never acknowledged."""
     unload_seconds: float = 5.0
+    struck: Counter[str] = field(default_factory=Counter[str])
+    """How often each has gone wrong: a run that proves something must know."""
 
     def set(self, changes: Mapping[str, Json]) -> None:
         """Set switches from JSON; ValueError names what is wrong."""
         known: dict[str, type[bool | int | float | str]] = {
-            f.name: type(getattr(self, f.name)) for f in fields(self)
+            f.name: type(getattr(self, f.name)) for f in fields(self) if f.name != "struck"
         }
         for name, value in changes.items():
             if name in ACTIONS:
@@ -81,7 +84,13 @@ class Faults:
         if left <= 0:
             return False
         setattr(self, name, left - 1)
+        self.struck[name] += 1
         return True
+
+    def unload_now(self) -> UnloadFault:
+        """How the unload that was just asked for goes."""
+        self.struck[f"unload {self.unload}"] += 1
+        return self.unload
 
     def as_dict(self) -> dict[str, Json]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -148,7 +148,7 @@ class SimHttpEngine:
     async def _unload(self, model: str | None) -> None:
         """Give one model's memory back, or that of all, as the faults allow."""
         self.unloads += 1
-        match self.faults.unload:
+        match self.faults.unload_now():
             case "lies":
                 pass
             case "hangs":
@@ -222,6 +222,7 @@ class SimHttpEngine:
     async def _tokens(self, job_id: str, model: str, tokens: int) -> AsyncIterator[str]:
         """Load, then one token after another; a client that leaves stops nothing."""
         if self.faults.zombie:
+            self.faults.struck["zombie"] += 1
             await asyncio.Event().wait()
         is_dying, hangs = self.faults.strike("crash_mid_jobs"), self.faults.strike("hang_jobs")
         is_failing, is_oom = self.faults.strike("error_jobs"), self.faults.strike("oom_jobs")

@@ -356,6 +356,7 @@ class SimA1111:
 
     async def _turn_to_zombie(self) -> None:
         if self.faults.zombie:
+            self.faults.struck["zombie"] += 1
             await asyncio.Event().wait()
 
     def _trouble(self) -> Trouble | None:
@@ -504,7 +505,7 @@ class SimA1111:
 
     async def _post_unload(self, _request: web.Request) -> web.Response:
         """No lock, even while a job runs. With nothing loaded it loads first, as the original does."""
-        match self.faults.unload:
+        match self.faults.unload_now():
             case "lies":
                 return web.json_response({})
             case "hangs":

@@ -374,7 +374,7 @@ class SimComfyUI:
 
     async def _post_free(self, request: web.Request) -> web.Response:
         body: Json = await request.json()
-        if self.faults.unload == "hangs":
+        if self.faults.unload_now() == "hangs":
             await asyncio.Event().wait()
         if body.get("unload_models"):
             self.queue.set_flag("unload_models")

@@ -134,6 +134,7 @@ class PromptRunner:
             if self._faults.zombie or (not self._queue.heap and not self._queue.flags):
                 self._queue.something.clear()
                 if self._faults.zombie:
+                    self._faults.struck["zombie"] += 1
                     self.is_dead = True
                     return
                 continue
