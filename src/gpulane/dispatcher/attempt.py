@@ -177,7 +177,12 @@ class Attempt:
             blocked = held_by
         if blocked is None and owner.handoff is not None:
             full = _ran_out_of_memory(record, owner.id)
-            blocked = await owner.handoff.clear(running.job, running.engine, unload_all=full)
+            blocked = await owner.handoff.clear(
+                running.job,
+                running.engine,
+                unload_all=full,
+                is_wanted=lambda: not (running.cancel_wanted or owner.is_stopping),
+            )
         if blocked is None and owner.is_stopping:
             blocked = "the gateway is stopping"
         if blocked is not None:
@@ -198,6 +203,7 @@ class Attempt:
             return False
         reply = await try_for(TRY_SECONDS, lambda: self._parts.store.start(job, running.token), "start")
         if reply is not None and reply.code is Code.OK:
+            self._owner.has_started()
             return True
         if reply is None or reply.code is Code.EXPIRED:
             await self._give_back(job, running.token, "it could not be started in time")
@@ -259,7 +265,7 @@ class Attempt:
     async def _give_back(self, job: JobId, token: Token, why: str) -> None:
         """Return a claim that was not started: the job keeps its place, and the gpu rests a moment."""
         _log.info("attempt_released", job=job, gpu=self._owner.id, why=why)
-        self._owner.rest()
+        self._owner.rest(why)
         self._owner.leave(self)
         await self._release(job, token, why)
         await drop_record(self._parts, self._owner.id, token)

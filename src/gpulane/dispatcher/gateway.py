@@ -52,7 +52,7 @@ from gpulane.dispatcher.cardlock import CardLock
 from gpulane.dispatcher.gpu import GpuOwner
 from gpulane.dispatcher.handoff import Handoff, HandoffParts
 from gpulane.dispatcher.held import HeldCalls
-from gpulane.dispatcher.idle import unload_when_idle
+from gpulane.dispatcher.idle import look_at_leaks, unload_when_idle
 from gpulane.dispatcher.insist import insist
 from gpulane.dispatcher.intake import Intake
 from gpulane.dispatcher.learning import Learning
@@ -158,6 +158,7 @@ class Gateway:
         self._readings = Readings(parts.telemetry, parts.gpus)
         self._shown = Shown(self._book, self._owners, parts.clock, self._readings)
         self._book_is_ready = False
+        self._is_over = False
         self._spawned: set[asyncio.Task[None]] = set()
 
     # --- life
@@ -232,6 +233,8 @@ class Gateway:
         for owner in self._owners.values():
             for watch in owner.watches.values():
                 self._spawn(watch.run())
+            if self._parts.settings.handoff.when_leaking == "skip":
+                self._spawn(look_at_leaks(owner))
             if idle_seconds is not None:
                 self._spawn(unload_when_idle(owner, self._book, idle_seconds, self._parts.clock))
         for coroutine in (leases.run(), leases.prune(), self._learning.run(), self._copy_uncopied()):
@@ -243,6 +246,7 @@ class Gateway:
         self._stop_beginning()
         self._refuse_calls(waiting_only=False)
         self._held.close()
+        self._is_over = True
         for task in tuple(self._spawned):
             task.cancel()
 
@@ -372,8 +376,8 @@ class Gateway:
 
     def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
         """Run beside everything else; a fault in it ends nothing but itself."""
-        if self._tasks is None:
-            coroutine.close()  # a timer of a gateway that has stopped
+        if self._tasks is None or self._is_over:
+            coroutine.close()  # of a gateway that has stopped, or whose tasks have all been cancelled
             return
         task = self._tasks.create_task(_alone(coroutine))
         self._spawned.add(task)
@@ -420,6 +424,8 @@ class Gateway:
                 for owner in self._owners.values():
                     owner.cancel(event.job)
             case JobEnded():
+                for owner in self._owners.values():
+                    owner.over_unsent(event.job)
                 self._intake.forget(event.job)
                 self._end_held(event)
             case _:

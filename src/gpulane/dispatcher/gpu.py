@@ -29,6 +29,8 @@ _log = structlog.stdlib.get_logger(__name__)
 
 REST_SECONDS: Final = 0.5
 """How long a gpu rests when something was in the way: it will hardly be gone at once."""
+REST_SECONDS_MAX: Final = 8.0
+"""Doubled up to this while nothing starts: what stays in the way must not cost claims without end."""
 
 
 class GpuOwner:
@@ -53,6 +55,8 @@ class GpuOwner:
         """Nothing new is begun; what is claimed but not started is given back."""
         self._holder: object | None = None
         self._reasons: dict[str, str] = {}
+        self._rest_seconds = REST_SECONDS
+        self._rest_timer: asyncio.TimerHandle | None = None
 
     # --- what others ask
 
@@ -89,6 +93,11 @@ class GpuOwner:
             if running.job.id == job:
                 running.cancel()
 
+    def over_unsent(self, job: JobId) -> None:
+        """The queue has done with this job: what prepares it need not go on; one that was sent is let be."""
+        if self.running is not None and self.running.job.id == job and self.running.started_at is None:
+            self.running.cancel()
+
     # --- reasons: kept from the queue, with no attempt of ours on it
 
     def occupy(self, key: str, why: str) -> None:
@@ -100,8 +109,10 @@ class GpuOwner:
 
     def free(self, key: str) -> None:
         """End one reason; the last one gives the gpu back to the queue."""
-        if self._reasons.pop(key, None) is not None and not self._reasons:
-            self._unlock()
+        if self._reasons.pop(key, None) is None:
+            return
+        self._unlock()
+        if not self._reasons:
             self.parts.tell(GpuFreed(gpu=self.id))
 
     def take_for(self, key: str, why: str) -> bool:
@@ -111,10 +122,17 @@ class GpuOwner:
         self.occupy(key, why)
         return True
 
-    def rest(self) -> None:
-        """Leave the gpu alone for a moment."""
-        self.occupy("resting", "could not start; resting a moment")
-        asyncio.get_running_loop().call_later(REST_SECONDS, self.free, "resting")
+    def rest(self, why: str) -> None:
+        """Leave the gpu alone for a moment; for longer each time, until something starts here."""
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+        self.occupy("resting", f"could not start: {why}")
+        self._rest_timer = asyncio.get_running_loop().call_later(self._rest_seconds, self.free, "resting")
+        self._rest_seconds = min(self._rest_seconds * 2, REST_SECONDS_MAX)
+
+    def has_started(self) -> None:
+        """Nothing is in the way any more."""
+        self._rest_seconds = REST_SECONDS
 
     # --- attempts: taken and left
 

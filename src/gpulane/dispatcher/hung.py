@@ -51,7 +51,8 @@ async def run_watched(
         while True:
             await asyncio.wait({run}, timeout=LOOK_SECONDS)
             if run.done():
-                return _hung(run.result()) if interrupted_at is not None else run.result()
+                outcome = run.result()
+                return outcome if interrupted_at is None else _hung(outcome, is_wanted=not is_cancel_wanted())
             todo = step(
                 now=clock(),
                 progress_at=watch.progress_at,
@@ -70,7 +71,7 @@ async def run_watched(
                     # The user's cancel is on its way already: the same patience from now on.
                     interrupted_at = clock()
                 case WatchStep.GIVE_UP:
-                    return _hung(None)
+                    return _hung(None, is_wanted=not is_cancel_wanted())
     finally:
         watch.close()
         if not run.done():
@@ -99,10 +100,15 @@ class _Watch:
             self.progress_at = self._clock()
 
 
-def _hung(outcome: Outcome | None) -> Outcome:
-    if outcome is not None and outcome.state is JobState.SUCCEEDED:
+def _hung(outcome: Outcome | None, *, is_wanted: bool) -> Outcome:
+    """Judge an attempt that had to be interrupted; one that its user has cancelled is cancelled."""
+    if outcome is not None and (
+        outcome.state is JobState.SUCCEEDED or (outcome.state is JobState.CANCELLED and not is_wanted)
+    ):
         return outcome
     message = "it made no progress for far longer than jobs like it take, and was interrupted"
     failure = Failure(kind=FailureKind.ENGINE, code=HUNG, message=message, killed_engine=True)
     idle = outcome is not None and outcome.engine_idle
-    return Outcome(state=JobState.FAILED, failure=failure, engine_idle=idle)
+    # The failure tells of the engine, whatever the job is: it did not stop.
+    state = JobState.FAILED if is_wanted else JobState.CANCELLED
+    return Outcome(state=state, failure=failure, engine_idle=idle)

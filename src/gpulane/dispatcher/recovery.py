@@ -114,6 +114,7 @@ class Recovery:
         self, owner: GpuOwner, key: str, record: GpuRecord, client: ServiceClient
     ) -> None:
         _log.info("recovering", gpu=owner.id, job=record.job, how="engine removed", engine=record.engine)
+        await self._keep_out(owner, record.job)
         try:
             await _interrupt(client, record.job)
             await until_idle(client, self._quiet_seconds, self._parts.clock)
@@ -136,10 +137,19 @@ class Recovery:
     async def _settle_record(self, owner: GpuOwner, key: str, record: GpuRecord) -> None:
         client = self._parts.clients[record.engine]
         _log.info("recovering", gpu=owner.id, job=record.job, how="orphan")
+        await self._keep_out(owner, record.job)
         await _interrupt(client, record.job)
         await owner.watches[client.url].until_idle()
         await drop_record(self._parts, record.gpu, record.token)
         owner.free(key)
+
+    async def _keep_out(self, owner: GpuOwner, job: JobId) -> None:
+        """Take the lock file for a job that may still run, unless it was a program's, which has it itself."""
+        if owner.card_lock is None:
+            return
+        record = await insist(lambda: self._parts.store.job(job), "the job of a gpu record")
+        if record is not None:
+            await owner.card_lock.acquire(record.job, patience_seconds=0.0)
 
     # --- an attempt
 
@@ -247,6 +257,8 @@ class Recovery:
         if owner is not None:
             key = recovering(running)
             owner.occupy(key, "waiting until the engine is known idle after the restart")
+            if owner.card_lock is not None:
+                await owner.card_lock.acquire(running.job, patience_seconds=0.0)
             await _interrupt(self._parts.clients[running.engine], running.job.id)
             await free_when_idle(owner, running)
         failure = Failure(
