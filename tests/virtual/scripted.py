@@ -27,6 +27,7 @@ from gpulane.core.model import (
     Token,
 )
 from gpulane.engine.base import (
+    BUSY,
     REFUSED,
     AttemptContext,
     Description,
@@ -60,6 +61,8 @@ class ScriptedCard:
     computing: set[str] = field(default_factory=set[str])
     overlaps: list[tuple[float, tuple[str, ...]]] = field(default_factory=list[tuple[float, tuple[str, ...]]])
     computed: list[str] = field(default_factory=list[str])
+    memory: dict[str, int] = field(default_factory=dict[str, int])
+    """What each engine holds, in bytes."""
 
     def begin(self, job: str) -> None:
         self.computing.add(job)
@@ -109,6 +112,15 @@ class ScriptedEngine:
         """How long a request lies in the socket before the engine reads it."""
         self.hold_seconds: float | None = None
         """How long each job takes; None: some seconds."""
+        self.stop_seconds = 0.0
+        """How long a job that is to stop goes on."""
+        self.unload_fault = ""
+        """`late`: memory comes free a second after. `lies`: acknowledged, and kept. `hangs`: no answer, and
+        carried out a second after. `fails`: an error. `busy`: refused as if something ran."""
+        self.unloads = 0
+        self.unloaded_at_work: list[tuple[float, str]] = []
+        """Unloads that met a job of this engine."""
+        self.is_vram_broken = False
         self._url = url
         self._service = service
         self._chance = chance
@@ -141,6 +153,7 @@ class ScriptedEngine:
 
     async def die(self) -> None:
         self.is_up = False
+        self.card.memory.pop(self._url, None)
         for task in tuple(self._queue.values()):
             task.cancel()
         self._queue.clear()
@@ -158,6 +171,8 @@ class ScriptedEngine:
             async with self._turn:
                 is_on_card = True
                 self.card.begin(job)
+                if not job.startswith("canary"):
+                    self.card.memory[self._url] = 20 * 1024**3
                 await asyncio.sleep(seconds)
                 well = True
                 self.card.end(job, well=True)
@@ -204,13 +219,44 @@ class ScriptedEngine:
 
     async def unload(self) -> None:
         await self._answer()
+        if self._seen & self._queue.keys() or self.unload_fault == "busy":
+            error = EngineError(f"{self._url} is at work", sent=False)
+            error.code = BUSY
+            raise error
+        self.unloads += 1
+        match self.unload_fault:
+            case "lies":
+                pass
+            case "late":
+                self._tasks.create_task(self._let_go(1.0, matters=False))
+            case "hangs":
+                self._tasks.create_task(self._let_go(1.0 + self._chance.random() * 4, matters=True))
+                await asyncio.sleep(1_000)
+            case "fails":
+                raise EngineError(f"{self._url} answers 500")
+            case _:
+                self.card.memory.pop(self._url, None)
+
+    async def _let_go(self, seconds: float, *, matters: bool) -> None:
+        """Carry an unload out late. One that nobody was answered must not meet a job sent since."""
+        await asyncio.sleep(seconds)
+        if not self.is_up:
+            return
+        if matters and any(
+            not job.startswith(("stranger", "canary")) for job in self._seen & self._queue.keys()
+        ):
+            self.unloaded_at_work.append((asyncio.get_running_loop().time(), self._url))
+        self.card.memory.pop(self._url, None)
 
     async def make_loadable(self) -> None:
         await self._answer()
 
     async def vram(self) -> Vram:
+        if self.is_vram_broken:
+            raise RuntimeError("a bug where memory is read")
         await self._answer()
-        return Vram()
+        total = 24 * 1024**3
+        return Vram(bytes_free=total - sum(self.card.memory.values()), bytes_total=total)
 
     async def canary(self) -> bool:
         await self._answer()
@@ -288,7 +334,7 @@ class ScriptedEngine:
     def _stop(self, job: str) -> None:
         task = self._queue.get(job)
         if task is not None and job in self._seen:
-            task.cancel()
+            asyncio.get_running_loop().call_later(self.stop_seconds, task.cancel)
 
     async def _over(self, job: str) -> None:
         async with self._ended:
@@ -309,6 +355,7 @@ class FailingStore(MemoryStore):
 
     def __init__(self, clock: Callable[[], float], chance: random.Random, trouble: Trouble) -> None:
         super().__init__(clock)
+        self.asked: list[str] = []
         self._chance = chance
         self._trouble = trouble
 
@@ -337,6 +384,7 @@ class FailingStore(MemoryStore):
         return await self._through(lambda: MemoryStore.cancel(self, job, failure))
 
     async def claim(self, request: ClaimRequest) -> Reply:
+        self.asked.append("claim")
         return await self._through(lambda: MemoryStore.claim(self, request))
 
     async def start(self, job: JobId, token: Token) -> Reply:

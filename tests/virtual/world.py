@@ -107,6 +107,9 @@ class World:
     def overlaps(self) -> list[tuple[float, tuple[str, ...]]]:
         return [overlap for card in self.cards.values() for overlap in card.overlaps]
 
+    def unloaded_at_work(self) -> list[tuple[float, str]]:
+        return [order for engine in self.engines.values() for order in engine.unloaded_at_work]
+
     def computed(self) -> list[str]:
         return [job for card in self.cards.values() for job in card.computed if not job.startswith("canary")]
 
