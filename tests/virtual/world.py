@@ -62,9 +62,10 @@ class World:
     async def gateway(self, more: str = "") -> AsyncIterator[Gateway]:
         """Leaving the block is a sudden end: nothing is drained."""
         self.boots += 1
+        settings = parse_settings(SETTINGS + more, source="test")
         parts = GatewayParts(
-            settings=parse_settings(SETTINGS + more, source="test"),
-            policy=Policy(),
+            settings=settings,
+            policy=Policy(skip_leaking=settings.handoff.when_leaking == "skip"),
             store=self.store,
             node_store=self.records,
             node=NODE,
