@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from gpulane.core.book import Book
-from gpulane.core.model import NO_MODEL, EngineState, GpuId, GpuState, JobId, Service
+from gpulane.core.gpus import EngineView as BookEngineView
+from gpulane.core.model import NO_MODEL, Engine, EngineState, GpuId, GpuState, JobId, Service
 from gpulane.dispatcher.gpu import GpuOwner
 from gpulane.dispatcher.readings import Readings
 from gpulane.views import EngineView, GpuView, Place, QueueView, Reason
@@ -104,19 +105,28 @@ class Shown:
     def _engines(self, owner: GpuOwner) -> tuple[EngineView, ...]:
         """Show what somebody runs there: that other programs may have the gpu is no engine to anybody."""
         known = self._book.gpu_view(owner.id)
-        resident = {} if known is None else {engine.url: engine.model for engine in known.engines}
+        held = {} if known is None else {engine.url: engine for engine in known.engines}
         return tuple(
-            EngineView(
-                url=engine.url,
-                service=engine.service,
-                name=engine.name,
-                gpu=owner.id,
-                state=owner.watches[engine.url].state,
-                why=owner.watches[engine.url].why,
-                # What decisions go by; the watch alone knows less, since most engines do not tell.
-                model=resident.get(engine.url, NO_MODEL),
-                description=owner.watches[engine.url].description,
-            )
+            _engine(engine, owner, held.get(engine.url))
             for engine in owner.gpu.engines
             if engine.service is not Service.LOCK
         )
+
+
+def _engine(engine: Engine, owner: GpuOwner, known: BookEngineView | None) -> EngineView:
+    """What probes say of it, and what only a hand-off can: that it answers and yet keeps its memory."""
+    watch = owner.watches[engine.url]
+    state, why = watch.state, watch.why
+    if state is EngineState.READY and known is not None and known.state is EngineState.LEAKING:
+        state, why = known.state, known.why
+    return EngineView(
+        url=engine.url,
+        service=engine.service,
+        name=engine.name,
+        gpu=owner.id,
+        state=state,
+        why=why,
+        # What decisions go by; the watch alone knows less, since most engines do not tell.
+        model=NO_MODEL if known is None else known.model,
+        description=watch.description,
+    )
