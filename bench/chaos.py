@@ -81,7 +81,11 @@ async def play(folder: Path, jobs: int, seed: int, *, each: int, cards: int = CA
     async with world(folder, cards) as made:
         faults = Faults(made, seed, each)
         users = Users(
-            made, jobs, seed, lambda n: faults.is_over or n <= faults.share_done * jobs + AHEAD_JOBS
+            made,
+            jobs,
+            seed,
+            may_go_on=lambda n: faults.is_over or n >= jobs or n <= faults.share_done * jobs + AHEAD_JOBS,
+            is_over=lambda: faults.is_over,
         )
         async with asyncio.TaskGroup() as group:
             group.create_task(users.run())

@@ -44,7 +44,7 @@ class Faults:
         self._kinds = self._all()
         self._deck = [name for name in self._kinds for _ in range(each)]
         self._chance.shuffle(self._deck)
-        self._left = dict.fromkeys(self._kinds, 2 * each)
+        self._left = dict.fromkeys(self._kinds, 6 * each)
         """A fault that did not strike is tried again, this often in all."""
         self.each = each
         self.is_over = False

@@ -22,6 +22,8 @@ CANCELS: Final = 0.06
 LEAVES: Final = 0.06
 LOCKS: Final = 0.03
 TRIES: Final = 20
+MORE: Final = 2
+"""So many times the jobs at most, while faults are left: each must meet work."""
 JOB_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.15
 
@@ -60,18 +62,31 @@ def chat(seed: int, tokens: int) -> dict[str, object]:
 class Users:
     """Submits so many jobs and waits for each."""
 
-    def __init__(self, world: World, jobs: int, seed: int, may_go_on: Callable[[int], bool]) -> None:
-        """`may_go_on`: whether job number n is due; faults and jobs are to end about the same time."""
+    def __init__(
+        self,
+        world: World,
+        jobs: int,
+        seed: int,
+        *,
+        may_go_on: Callable[[int], bool],
+        is_over: Callable[[], bool],
+    ) -> None:
+        """`may_go_on`: whether job number n is due; faults and jobs are to end about the same time.
+        `is_over`: whether all faults were fired.
+        """
         self._world = world
         self._jobs = jobs
         self._chance = random.Random(f"users {seed}")
         self._may_go_on = may_go_on
+        self._is_over = is_over
         self.unanswered = 0
 
     async def run(self) -> None:
         places = asyncio.Semaphore(AT_ONCE)
         async with asyncio.TaskGroup() as group:
-            for number in range(self._jobs):
+            for number in range(MORE * self._jobs):
+                if number >= self._jobs and self._is_over():
+                    return
                 while not self._may_go_on(number):  # noqa: ASYNC110  the pace is the faults'
                     await asyncio.sleep(0.05)
                 await places.acquire()
@@ -113,7 +128,8 @@ class Users:
         async def is_over() -> bool:
             return (await world.get(f"/gpulane/v1/jobs/{job}"))["state"] in ENDED
 
-        await until(is_over, JOB_SECONDS, POLL_SECONDS)
+        if not await until(is_over, JOB_SECONDS, POLL_SECONDS):
+            print(f"not over within {JOB_SECONDS:.0f} s: {job}", flush=True)
 
     async def _cancel(self, job: str) -> None:
         world = self._world
@@ -139,6 +155,7 @@ class Users:
                     world.fired["client hangs up"] += 1
                 else:
                     self.unanswered += 1
+                    print(f"no answer within {seconds:.0f} s: {path}", flush=True)
                 return
             except aiohttp.ClientError:
                 await asyncio.sleep(0.2)  # the gateway went away under it

@@ -38,6 +38,8 @@ POLL_SECONDS: Final = 0.025
 """How often memory is measured at first, while it is expected to come free: the job waits for it."""
 POLL_OFTEN_SECONDS: Final = 3.0
 POLL_SECONDS_LATER: Final = 0.5
+REFUSED: Final = "engine_refused"
+"""Code of an engine's own answer that it cannot; silence has other codes."""
 TRIES: Final = 2
 """Unloads per hand-off: a second one helps where the first came in the middle of something."""
 UNANSWERED_SECONDS: Final = 60.0
@@ -177,6 +179,10 @@ class Handoff:
         try:
             await self._parts.clients[engine].make_loadable()
         except EngineError as error:
+            if error.code == REFUSED:
+                return (
+                    None  # it has no memory for it: the job says so and counts, else it would wait for ever
+                )
             return f"{engine} cannot load again: {error.message}"
         return None
 
