@@ -201,8 +201,11 @@ async def test_a_lock_gets_an_empty_card(tmp_path: Path) -> None:
 
 
 async def test_a_hung_job_is_interrupted_and_the_next_runs(tmp_path: Path) -> None:
-    # A step takes 1.2 s, so that a factor of 6 on a first job slowed by other load would never call it hung.
-    more = "health: {hung_seconds_min: 0.5, hung_factor: 1, hung_interrupt_seconds: 10}"
+    # A step takes 1.2 s; a first job too short to be measured must not leave the default of 15 s in force.
+    more = (
+        "health: {hung_seconds_min: 0.5, hung_factor: 1, hung_interrupt_seconds: 10}\n"
+        "scheduling: {service_seconds_unknown: 0.1}"
+    )
     async with shared_card(tmp_path, more=more + "\nretry: {attempts_max: 1}") as scene:
         assert (await scene.a_prompt(1))["state"] == "succeeded"
         hangs = await scene.client.prompt(slow(steps=10, seed=2, delay=59.0))
