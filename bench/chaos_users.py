@@ -18,6 +18,8 @@ from chaos_world import CHECKPOINT, ENDED, LLM, World, until
 
 AT_ONCE: Final = 24
 """Users who wait for something at one time."""
+RUNS_POLL_SECONDS: Final = 0.01
+"""How often it is asked whether a job runs that is to be cancelled then."""
 CANCELS: Final = 0.06
 LEAVES: Final = 0.06
 LOCKS: Final = 0.03
@@ -122,7 +124,10 @@ class Users:
             return
         world.accepted.add(job)
         if cancels:
-            await asyncio.sleep(self._chance.random() * 0.6)
+            if self._chance.random() < 0.5:
+                await asyncio.sleep(self._chance.random() * 0.6)
+            else:
+                await self._runs(job)
             await self._cancel(job)
 
         async def is_over() -> bool:
@@ -130,6 +135,15 @@ class Users:
 
         if not await until(is_over, JOB_SECONDS, POLL_SECONDS):
             print(f"not over within {JOB_SECONDS:.0f} s: {job}", flush=True)
+
+    async def _runs(self, job: str) -> None:
+        """Wait until the job runs, or has ended."""
+        world = self._world
+
+        async def has_begun() -> bool:
+            return (await world.get(f"/gpulane/v1/jobs/{job}"))["state"] in {"running", *ENDED}
+
+        await until(has_begun, JOB_SECONDS, RUNS_POLL_SECONDS)
 
     async def _cancel(self, job: str) -> None:
         world = self._world
