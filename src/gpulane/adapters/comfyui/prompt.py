@@ -81,9 +81,18 @@ def read_meta(meta: bytes) -> PromptMeta:
 
 
 def parse_prompt(
-    body: bytes, *, job: JobId, limits: PromptLimits | None = None, combos: Combos = frozenset()
+    body: bytes,
+    *,
+    job: JobId,
+    limits: PromptLimits | None = None,
+    combos: Combos = frozenset(),
+    name_tag: str = "",
 ) -> Recognized:
-    """Understand a body as a job and rebuild it. Raises PromptRefused (a BadRequest) or TooLarge."""
+    """Understand a body as a job and rebuild it. Raises PromptRefused (a BadRequest) or TooLarge.
+
+    `name_tag` is added to the names of files that it saves. Every engine counts its files from 00001, and
+    /view knows no prompt: of several engines, two would make files of one name.
+    """
     limits = limits or PromptLimits()
     if len(body) > limits.body_bytes_max:
         raise TooLarge(f"The prompt has {len(body)} bytes; the limit is {limits.body_bytes_max}.")
@@ -101,6 +110,10 @@ def parse_prompt(
         else msgspec.json.encode(_Rebuilt(prompt=nodes, extra_data=public, partial_execution_targets=targets))
     )
     meta = _meta(wire, secrets, loaders_of(graph), limits)
+    if name_tag and _tag_names(nodes, name_tag):
+        rest = msgspec.json.encode(
+            _Rebuilt(prompt=nodes, extra_data=extra, partial_execution_targets=targets)
+        )
     return Recognized(
         kind="prompt",
         request=EngineRequest(
@@ -117,6 +130,20 @@ def parse_prompt(
         meta=msgspec.json.encode(meta),
         digest=sha256(known).hexdigest(),
     )
+
+
+def _tag_names(nodes: dict[str, _WireNode], tag: str) -> bool:
+    """Add the tag to every prefix of file names; returns whether there was one."""
+    found = False
+    for node in nodes.values():
+        raw = node.inputs.get("filename_prefix")
+        if raw is None:
+            continue
+        value: object = msgspec.json.decode(raw)
+        if isinstance(value, str):
+            node.inputs["filename_prefix"] = msgspec.Raw(msgspec.json.encode(f"{value}_{tag}"))
+            found = True
+    return found
 
 
 def with_client_id(body: bytes, client_id: str) -> bytes:

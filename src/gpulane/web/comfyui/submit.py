@@ -6,6 +6,8 @@ by a retry.
 
 from __future__ import annotations
 
+from typing import Final
+
 from aiohttp import web
 
 from gpulane.adapters.base import Recognized
@@ -22,6 +24,9 @@ from gpulane.web.comfyui.live import LiveJobs
 from gpulane.web.comfyui.own import OwnJobs, number_of, shown_id
 from gpulane.web.patience import finished
 from gpulane.web.ports import Identity, WebContext
+
+NAME_TAG_LENGTH: Final = 6
+"""Characters of the job's id in file names, where there are several engines."""
 
 
 class Submission:
@@ -48,7 +53,11 @@ class Submission:
     async def _take(self, body: bytes, bytes_max: int, identity: Identity) -> web.Response:
         job = self._context.new_job_id()
         limits, combos = PromptLimits(body_bytes_max=bytes_max), self._lists.combos()
-        recognized = await understood(body, lambda: parse_prompt(body, job=job, limits=limits, combos=combos))
+        # One engine alone never makes two files of one name.
+        tag = job[:NAME_TAG_LENGTH] if len(self._context.engines.engines(Service.COMFYUI)) > 1 else ""
+        recognized = await understood(
+            body, lambda: parse_prompt(body, job=job, limits=limits, combos=combos, name_tag=tag)
+        )
         verdict = await self._checks.verdict(recognized.request.body, combos)
         if verdict is not None and verdict.error is not None:
             return json_answer({"error": verdict.error, "node_errors": verdict.node_errors}, 400)

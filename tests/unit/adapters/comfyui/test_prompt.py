@@ -332,3 +332,19 @@ def test_recorded_prompts_are_understood_as_the_engine_did(shared: Path, version
         job = parse(post["request"]["json"], combos=catalog.combos)
         assert sent(job)["prompt"] == post["request"]["json"]["prompt"]
         assert job.needs
+
+
+def test_names_of_saved_files_are_tagged_where_several_engines_count_alike() -> None:
+    graph = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "a/b"}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": ["1", 0]}},
+    }
+    body = msgspec.json.encode({"prompt": graph})
+    plain = parse_prompt(body, job=JobId("j"))
+    tagged = parse_prompt(body, job=JobId("j"), name_tag="0123ab")
+    nodes = msgspec.json.decode(tagged.request.body)["prompt"]
+    assert nodes["2"]["inputs"]["filename_prefix"] == "a/b_0123ab"
+    assert nodes["3"]["inputs"]["filename_prefix"] == ["1", 0]
+    assert msgspec.json.decode(plain.request.body)["prompt"] == graph
+    assert plain.digest == tagged.digest, "the same prompt is the same job"
