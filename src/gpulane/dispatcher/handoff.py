@@ -129,6 +129,9 @@ class Handoff:
             return None
         self._cold, self._is_wanted = None, is_wanted
         await self._await_silence(engine)
+        if self._is_alone(engine):
+            # Nobody has to make room for it, so nothing is measured: the engine waits for its next job.
+            return await self._comes_back(engine) or await self._loads_again(engine)
         bytes_free = await self.bytes_free(engine)
         self._see_empty(bytes_free)
         plan = parts.book.handoff_plan(
@@ -403,6 +406,9 @@ class Handoff:
         self._parts.tell(EngineLeaking(engine=url, leaking=leaking, why=why))
         if leaking and not was_leaking:
             _log.warning("engine_leaking", engine=url, why=why)
+
+    def _is_alone(self, engine: EngineUrl) -> bool:
+        return [e.url for e in self._gpu.engines if e.service is not Service.LOCK] == [engine]
 
     def _others(self, engine: EngineUrl) -> bool:
         return any(e.url != engine for e in self._gpu.engines)
